@@ -1,0 +1,57 @@
+# The commands of this project. All they need on the machine is a Python >= 3.11 that can make virtual environments.
+# VENV names another environment, PYTHON the interpreter to make it with, ARGS is handed on (make test ARGS='-k loss').
+
+VENV ?= .venv
+VENV_NEWEST ?= .venv-newest
+PYTHON ?= $(shell tools/find_python.sh 3.11)
+PYTHON_NEWEST ?= $(shell tools/find_python.sh 3.12)
+ARGS ?=
+
+BIN = $(VENV)/bin
+BIN_NEWEST = $(VENV_NEWEST)/bin
+# The newest pair that is supported; pyproject.toml has the range.
+MEGATRON_NEWEST = megatron-core==0.19.2
+INSTALL_INPUTS = pyproject.toml setup.py tools/install.sh
+NEWEST_TESTS = tests/actor tests/vocab_parallel tests/distributed
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-newest check format gpu-check
+
+help: ## list these commands
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: $(VENV)/.installed ## the environment the other commands use, made once
+
+$(VENV)/.installed: $(INSTALL_INPUTS)
+	@tools/install.sh "$(PYTHON)" $(VENV)
+	@touch $@
+
+quickstart: $(VENV)/.installed ## train a small model end to end: TP 2 x PP 2, asynchronous A-3PO, minutes on a CPU
+	$(BIN)/python examples/quickstart/prepare.py
+	$(BIN)/python -m megatron_a3po train examples/quickstart/config.yaml $(ARGS)
+
+test: $(VENV)/.installed ## every test this machine can run; lists what it had to leave out
+	$(BIN)/python -m pytest $(ARGS)
+
+test-newest: ## the actor's and the loss layer's tests on the newest supported Megatron-Core (Python 3.12)
+	@if [ -n "$(PYTHON_NEWEST)" ]; then $(MAKE) --no-print-directory run-test-newest; else \
+	    echo '!!! test-newest did NOT run: no Python 3.12 or newer that can make virtual environments was found.' >&2; \
+	    echo '!!! Install one, or name it: make test-newest PYTHON_NEWEST=/path/to/python3.12' >&2; fi
+
+.PHONY: run-test-newest
+run-test-newest: $(VENV_NEWEST)/.installed
+	$(BIN_NEWEST)/python -m pytest $(NEWEST_TESTS) $(ARGS)
+
+$(VENV_NEWEST)/.installed: $(INSTALL_INPUTS)
+	@tools/install.sh "$(PYTHON_NEWEST)" $(VENV_NEWEST) "$(MEGATRON_NEWEST)"
+	@touch $@
+
+check: $(VENV)/.installed ## format, lint, types, layers, shell scripts; seconds
+	@PATH="$(CURDIR)/$(BIN):$$PATH" tools/check.sh
+
+format: $(VENV)/.installed ## rewrite the sources in the house format
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+gpu-check: ## everything that needs a GPU, on one GPU, with what is installed; writes one report of figures
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,python3) tools/gpu_check.py $(ARGS)
