@@ -1,0 +1,78 @@
+"""What all tests share: one list at the end of what was left out, and why.
+
+A test that cannot run here skips itself with the reason ("no GPU", "no Slurm", ...). With A3PO_REQUIRE_ALL=1 a
+left-out test is a failure, except for a missing GPU: that is how CI knows that it ran everything.
+"""
+
+import os
+import subprocess
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NO_GPU = "no GPU"
+OTHER_PAIR = "needs the newest megatron-core: `make test-newest` runs it"
+
+
+def missing_gpu() -> str | None:
+    """Why tests marked `gpu` cannot run, if so."""
+    import torch
+
+    return None if torch.cuda.is_available() else NO_GPU
+
+
+def missing_newest() -> str | None:
+    """Why tests marked `newest` cannot run, if so."""
+    return None if version("megatron-core").startswith("0.19") else OTHER_PAIR
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for marker, missing in (("gpu", missing_gpu), ("newest", missing_newest)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and (reason := missing()):
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def left_out(reporter: pytest.TerminalReporter) -> Counter[str]:
+    """Reason -> number of tests, from every report that skipped."""
+    reports = reporter.stats.get("skipped", [])
+    reasons = [str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr) for report in reports]
+    return Counter(reason.removeprefix("Skipped: ") for reason in reasons)
+
+
+def is_failure(reason: str) -> bool:
+    """Whether leaving a test out for this reason fails a run that requires everything."""
+    return os.environ.get("A3PO_REQUIRE_ALL") == "1" and not reason.startswith((NO_GPU, OTHER_PAIR))
+
+
+def newest_pair() -> str | None:
+    """What to say of the second supported pair of Python and Megatron-Core, after a run of all tests."""
+    if missing_newest() is None:
+        return None
+    found = subprocess.run([ROOT / "tools/find_python.sh", "3.12"], capture_output=True, text=True, check=False).stdout
+    how = f"`make test-newest` runs them with {found.strip()}" if found else "no second Python (3.12 or newer)"
+    return f"the tests on the newest megatron-core: {how}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and exitstatus == pytest.ExitCode.OK and any(map(is_failure, left_out(reporter))):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    lines = [
+        f"{'FAILED, everything is required: ' if is_failure(reason) else ''}{count} x {reason}"
+        for reason, count in left_out(terminalreporter).most_common()
+    ]
+    runs_all = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    if runs_all and (line := newest_pair()):
+        lines.append(line)
+    terminalreporter.section("left out on this machine")
+    for line in lines or ["nothing"]:
+        terminalreporter.line(line)
