@@ -1,0 +1,77 @@
+"""What a line of a data file must hold, in one place: the checks at start and the loader both ask here.
+
+A row has a prompt, as `prompt`, `question` (both text) or `messages` (a chat), and an `answer`; a warm start
+needs a `response` too. No tokenizer here: a prompt that is too long is found when it is tokenized.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_a3po.config.problem import shown
+from megatron_a3po.errors import InputError
+
+PROMPT_KEYS = ("prompt", "question", "messages")
+
+
+def rows(path: str | Path, *, with_response: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row) for each line that is not blank; InputError names file and line of the first bad
+    one."""
+    file = Path(path)
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, _row(f"{file}:{number}", line, with_response)
+    except FileNotFoundError:
+        raise InputError(f"{file} is not there: give the path of a JSONL file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not readable as text: {error}.") from None
+
+
+def count_rows(path: str | Path, *, with_response: bool = False) -> int:
+    """How many rows a data file has; InputError if one is bad or there is none."""
+    count = sum(1 for _ in rows(path, with_response=with_response))
+    if not count:
+        raise InputError(f"{path} is empty: give a JSONL file with one example on each line.")
+    return count
+
+
+def _row(where: str, line: str, with_response: bool) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where} is not readable as JSON: {error}.") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is {shown(row)}, but must be a JSON object with a prompt and an answer.")
+    prompts = [key for key in PROMPT_KEYS if key in row]
+    if not prompts:
+        raise InputError(f"{where} has no prompt: it must hold one of {', '.join(PROMPT_KEYS)}.")
+    key = prompts[0]
+    if key == "messages":
+        if not _is_chat(row[key]):
+            raise InputError(
+                f"{where} has messages that are no chat: each must be an object with the texts role and "
+                "content."
+            )
+    elif not isinstance(row[key], str):
+        raise InputError(f"{where} has {key}={shown(row[key])}, but it must be text.")
+    if not isinstance(row.get("answer"), str | int | float):
+        raise InputError(f"{where} has no answer: it must hold `answer`, a text or a number.")
+    if with_response and not isinstance(row.get("response"), str):
+        raise InputError(f"{where} has no response: a warm start learns from the text in `response`.")
+    return row
+
+
+def _is_chat(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and len(messages) > 0
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in messages
+        )
+    )

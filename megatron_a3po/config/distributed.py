@@ -1,0 +1,12 @@
+"""The `distributed` section: the process group itself."""
+
+from pydantic import Field
+
+from megatron_a3po.config.section import Section
+
+
+class DistributedSection(Section):
+    """How ranks talk."""
+
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds a collective may wait for a rank before the run is ended."""

@@ -1,0 +1,140 @@
+"""The refusals that need the files a configuration names: the model's shape, the data's lines, replayed
+batches.
+
+Only json is used, no torch and no transformers.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_a3po.config.config import Config
+from megatron_a3po.config.data_file import count_rows
+from megatron_a3po.config.model_shape import ModelShape, read_model_shape
+from megatron_a3po.config.problem import Problem, shown
+from megatron_a3po.config.reward import FunctionReward
+from megatron_a3po.errors import InputError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def file_problems(config: Config) -> Iterator[Problem]:
+    """Everything wrong with the files that `config` names, and with the layout of the model it names."""
+    yield from _model(config)
+    yield from _data(config)
+    yield from _replay(config)
+    yield from _modules(config)
+
+
+def _model(config: Config) -> Iterator[Problem]:
+    key = ("model.hf_path",)
+    try:
+        shape = read_model_shape(config.model.hf_path)
+    except InputError as error:
+        for problem in error.problems:
+            yield Problem(key, f"model.hf_path: {problem}")
+        return
+    yield from _layout(config, shape)
+    folder = Path(config.model.hf_path)
+    if config.model.initialization == "pretrained" and not any(folder.glob("*.safetensors")):
+        yield Problem(
+            (*key, "model.initialization"),
+            f"model.hf_path: {folder} has no *.safetensors to start from: give a folder with weights, or set "
+            "model.initialization=random.",
+        )
+    reads_text = config.needs_rollouts or config.warm_start is not None
+    if reads_text and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        yield Problem(
+            key,
+            f"model.hf_path: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the "
+            "tokenizer's files there.",
+        )
+
+
+def _layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
+    actor = config.actor
+    tensor_size, stages = actor.tensor_model_parallel_size, actor.pipeline_model_parallel_size
+    for what, number in (
+        ("attention heads", shape.num_attention_heads),
+        ("key-value heads", shape.num_query_groups),
+        ("MLP columns", shape.ffn_hidden_size),
+    ):
+        if number % tensor_size:
+            yield Problem(
+                ("actor.tensor_model_parallel_size", "model.hf_path"),
+                f"actor.tensor_model_parallel_size is {tensor_size}, but must divide the model's {number} "
+                f"{what}: "
+                "take a divisor.",
+            )
+    chunks = actor.virtual_pipeline_model_parallel_size or 1
+    if shape.num_layers % (stages * chunks):
+        keys = ("actor.pipeline_model_parallel_size", "actor.virtual_pipeline_model_parallel_size")
+        named = f"{keys[0]} is {stages}" if chunks == 1 else f"{keys[0]} times {keys[1]} is {stages * chunks}"
+        yield Problem(
+            (*keys, "model.hf_path"),
+            f"{named}, but must divide the model's {shape.num_layers} layers: take a divisor.",
+        )
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if config.needs_rollouts and longest > shape.max_position_embeddings:
+        yield Problem(
+            ("data.max_prompt_tokens", "rollout.max_response_tokens", "model.hf_path"),
+            f"data.max_prompt_tokens + rollout.max_response_tokens is {longest}, but the model has only "
+            f"{shape.max_position_embeddings} positions (max_position_embeddings): lower one of the two.",
+        )
+
+
+def _data(config: Config) -> Iterator[Problem]:
+    files: list[tuple[str, str, bool]] = []
+    if config.needs_rollouts:
+        files.append(("data.train", config.data.train, False))
+        if config.data.held_out is not None:
+            files.append(("data.held_out", config.data.held_out, False))
+    if config.warm_start is not None:
+        if config.warm_start.data is not None:
+            files.append(("warm_start.data", config.warm_start.data, True))
+        else:
+            files = [file for file in files if file[0] != "data.train"]
+            files.append(("data.train", config.data.train, True))
+    for key, path, with_response in files:
+        try:
+            count_rows(path, with_response=with_response)
+        except InputError as error:
+            yield Problem((key,), f"{key}: {error}")
+
+
+def _replay(config: Config) -> Iterator[Problem]:
+    if config.trainer.replay is None:
+        return
+    folder = Path(config.trainer.replay)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        state = "is empty" if folder.is_dir() else "is not there"
+        yield Problem(
+            ("trainer.replay",),
+            f"trainer.replay: {folder} {state}: give the batches/ folder of a run with "
+            "trainer.dump_batches=true.",
+        )
+
+
+def _modules(config: Config) -> Iterator[Problem]:
+    """Optional packages and the user's own module, looked for without importing them."""
+    if config.actor.transformer_impl == "transformer_engine" and not _exists("transformer_engine"):
+        yield Problem(
+            ("actor.transformer_impl",),
+            'actor.transformer_impl is "transformer_engine", but Transformer Engine is not installed: '
+            "install it, or "
+            "leave the key out.",
+        )
+    reward = config.reward
+    if isinstance(reward, FunctionReward) and not _exists(reward.path.split(":")[0].split(".")[0]):
+        yield Problem(
+            ("reward.path",),
+            f"reward.path is {shown(reward.path)}, but there is no such module: put its folder on "
+            "PYTHONPATH.",
+        )
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
