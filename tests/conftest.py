@@ -40,7 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def left_out(reporter: pytest.TerminalReporter) -> Counter[str]:
     """Reason -> number of tests, from every report that skipped."""
     reports = reporter.stats.get("skipped", [])
-    reasons = [str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr) for report in reports]
+    reasons = [
+        str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        for report in reports
+    ]
     return Counter(reason.removeprefix("Skipped: ") for reason in reasons)
 
 
@@ -53,8 +56,12 @@ def newest_pair() -> str | None:
     """What to say of the second supported pair of Python and Megatron-Core, after a run of all tests."""
     if missing_newest() is None:
         return None
-    found = subprocess.run([ROOT / "tools/find_python.sh", "3.12"], capture_output=True, text=True, check=False).stdout
-    how = f"`make test-newest` runs them with {found.strip()}" if found else "no second Python (3.12 or newer)"
+    found = subprocess.run(
+        [ROOT / "tools/find_python.sh", "3.12"], capture_output=True, text=True, check=False
+    ).stdout
+    how = (
+        f"`make test-newest` runs them with {found.strip()}" if found else "no second Python (3.12 or newer)"
+    )
     return f"the tests on the newest megatron-core: {how}"
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The gate for people and CI, run by `make check`: every tool runs, and any complaint fails the whole.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 failed=()
 run() {

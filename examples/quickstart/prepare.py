@@ -67,7 +67,10 @@ def tokenizer_files() -> dict[str, str]:
         "unk_token": PAD,
         "clean_up_tokenization_spaces": False,
     }
-    return {"tokenizer.json": tokenizer.to_str(pretty=True), "tokenizer_config.json": json.dumps(settings, indent=2)}
+    return {
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(settings, indent=2),
+    }
 
 
 def model_config() -> dict[str, object]:
