@@ -64,8 +64,7 @@ def world_size_problems(config: Config, world_size: int | None) -> Iterator[Prob
             yield Problem(
                 keys,
                 f"actor.data_parallel_size is {wanted}, but {world_size} ranks hold {copies} copies of "
-                f"{one_copy} "
-                f"ranks each: leave it out, or start {wanted * one_copy} ranks.",
+                f"{one_copy} ranks each: leave it out, or start {wanted * one_copy} ranks.",
             )
     trajectories = (
         config.trainer.prompts_per_step // actor.num_mini_batches * config.rollout.samples_per_prompt
@@ -100,8 +99,8 @@ def _not_implemented(config: Config) -> Iterator[Problem]:
         if (value := getattr(actor, name)) != 0:
             yield Problem(
                 (f"actor.{name}",),
-                f"actor.{name} is {value:g}, but must be 0: with dropout the ratio of two policies would "
-                "be noise.",
+                f"actor.{name} is {value:g}, but must be 0: with dropout the ratio of two policies would be "
+                "noise.",
             )
     if actor.importance_ratio == "sequence":
         yield Problem(
@@ -134,16 +133,14 @@ def _objective(config: Config) -> Iterator[Problem]:
         if method != "recompute":
             yield Problem(
                 ("actor.prox_logp_method", "actor.use_decoupled_loss"),
-                f'actor.prox_logp_method is "{method}", but with actor.use_decoupled_loss=false there is '
-                "no proximal "
-                "policy: leave the method out, or set actor.use_decoupled_loss=true.",
+                f'actor.prox_logp_method is "{method}", but with actor.use_decoupled_loss=false there is no '
+                "proximal policy: leave the method out, or set actor.use_decoupled_loss=true.",
             )
         if actor.behave_weight == "mask":
             yield Problem(
                 ("actor.behave_weight", "actor.use_decoupled_loss"),
                 'actor.behave_weight is "mask", but with actor.use_decoupled_loss=false the weight is 1 '
-                "everywhere: "
-                "leave it out, or set actor.use_decoupled_loss=true.",
+                "everywhere: leave it out, or set actor.use_decoupled_loss=true.",
             )
     if actor.recompute_every_token and (
         not actor.use_decoupled_loss or method not in ("recompute", "metrics")
@@ -176,8 +173,7 @@ def _behave_weight(config: Config) -> Iterator[Problem]:
                 "rollout.fixed_staleness",
             ),
             f'actor.behave_weight is "off" at a staleness bound of {bound}, so stale samples would go '
-            "uncorrected: "
-            "use clamp or mask, or say off_at_any_staleness if that is what you want.",
+            "uncorrected: use clamp or mask, or say off_at_any_staleness if that is what you want.",
         )
 
 
@@ -190,8 +186,7 @@ def _staleness(config: Config) -> Iterator[Problem]:
             yield Problem(
                 (f"rollout.{name}", "rollout.fixed_staleness"),
                 f"rollout.{name} is {value}, but rollout.fixed_staleness={rollout.fixed_staleness} already "
-                "decides "
-                "which samples a step takes: leave one of the two out.",
+                "decides which samples a step takes: leave one of the two out.",
             )
 
 
@@ -200,8 +195,9 @@ def _groups(config: Config) -> Iterator[Problem]:
     if trainer.prompts_per_step % actor.num_mini_batches:
         yield Problem(
             ("actor.num_mini_batches", "trainer.prompts_per_step"),
-            f"actor.num_mini_batches is {actor.num_mini_batches}, but must divide trainer.prompts_per_step="
-            f"{trainer.prompts_per_step}, because groups are never split: take a divisor.",
+            f"actor.num_mini_batches is {actor.num_mini_batches}, but must divide "
+            f"trainer.prompts_per_step={trainer.prompts_per_step}, because groups are never split: take a "
+            "divisor.",
         )
     if rollout.samples_per_prompt < 2:
         keys = ("rollout.samples_per_prompt", "actor.advantage", "rollout.filter_no_signal")
@@ -209,15 +205,13 @@ def _groups(config: Config) -> Iterator[Problem]:
             yield Problem(
                 keys,
                 f"rollout.samples_per_prompt is 1, but actor.advantage={actor.advantage} compares the "
-                "samples of a "
-                "prompt: set it to at least 2, or take actor.advantage=reinforce_pp.",
+                "samples of a prompt: set it to at least 2, or take actor.advantage=reinforce_pp.",
             )
         elif rollout.drops_no_signal and config.needs_rollouts:
             yield Problem(
                 keys,
                 "rollout.samples_per_prompt is 1 and rollout.filter_no_signal is true, so every group "
-                "would be left "
-                "out: set rollout.filter_no_signal=false.",
+                "would be left out: set rollout.filter_no_signal=false.",
             )
 
 
@@ -227,16 +221,14 @@ def _layout(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("actor.sequence_parallel", "actor.tensor_model_parallel_size"),
             "actor.sequence_parallel is true, but actor.tensor_model_parallel_size is 1, so there is "
-            "nothing to "
-            "split: leave it out, or raise the size.",
+            "nothing to split: leave it out, or raise the size.",
         )
     chunks = actor.virtual_pipeline_model_parallel_size
     if chunks is not None and actor.pipeline_model_parallel_size == 1:
         yield Problem(
             ("actor.virtual_pipeline_model_parallel_size", "actor.pipeline_model_parallel_size"),
             f"actor.virtual_pipeline_model_parallel_size is {chunks}, but "
-            "actor.pipeline_model_parallel_size is 1: "
-            "leave it out, or raise the number of stages.",
+            "actor.pipeline_model_parallel_size is 1: leave it out, or raise the number of stages.",
         )
     if actor.overlap_param_gather and not (actor.use_distributed_optimizer and actor.overlap_grad_reduce):
         yield Problem(
@@ -271,15 +263,14 @@ def _optimizer(config: Config) -> Iterator[Problem]:
                 "actor.num_mini_batches",
                 "trainer.steps",
             ),
-            f"actor.lr_warmup_iters is {actor.lr_warmup_iters}, but must be less than {what}, {last}: "
-            "lower it.",
+            f"actor.lr_warmup_iters is {actor.lr_warmup_iters}, but must be less than {what}, {last}: lower "
+            "it.",
         )
     if warm_start is not None and warm_start.lr_warmup_iters >= warm_start.steps:
         yield Problem(
             ("warm_start.lr_warmup_iters", "warm_start.steps"),
             f"warm_start.lr_warmup_iters is {warm_start.lr_warmup_iters}, but must be less than "
-            "warm_start.steps="
-            f"{warm_start.steps}: lower it.",
+            f"warm_start.steps={warm_start.steps}: lower it.",
         )
 
 
@@ -312,13 +303,11 @@ def _evaluation(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("trainer.evaluate_every", "trainer.replay"),
             f"trainer.evaluate_every is {trainer.evaluate_every}, but with trainer.replay there is no "
-            "engine to "
-            "evaluate with: leave it out.",
+            "engine to evaluate with: leave it out.",
         )
     elif config.data.held_out is None:
         yield Problem(
             ("trainer.evaluate_every", "data.held_out"),
             f"trainer.evaluate_every is {trainer.evaluate_every}, but data.held_out is missing: give the "
-            "file, or "
-            "leave trainer.evaluate_every out.",
+            "file, or leave trainer.evaluate_every out.",
         )

@@ -39,15 +39,15 @@ def _model(config: Config) -> Iterator[Problem]:
     if config.model.initialization == "pretrained" and not any(folder.glob("*.safetensors")):
         yield Problem(
             (*key, "model.initialization"),
-            f"model.hf_path: {folder} has no *.safetensors to start from: give a folder with weights, or set "
-            "model.initialization=random.",
+            f"model.hf_path: {folder} has no *.safetensors to start from: give a folder with weights, or "
+            "set model.initialization=random.",
         )
     reads_text = config.needs_rollouts or config.warm_start is not None
     if reads_text and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         yield Problem(
             key,
-            f"model.hf_path: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the "
-            "tokenizer's files there.",
+            f"model.hf_path: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the tokenizer's "
+            "files there.",
         )
 
 
@@ -63,8 +63,7 @@ def _layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
             yield Problem(
                 ("actor.tensor_model_parallel_size", "model.hf_path"),
                 f"actor.tensor_model_parallel_size is {tensor_size}, but must divide the model's {number} "
-                f"{what}: "
-                "take a divisor.",
+                f"{what}: take a divisor.",
             )
     chunks = actor.virtual_pipeline_model_parallel_size or 1
     if shape.num_layers % (stages * chunks):
@@ -121,8 +120,7 @@ def _modules(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("actor.transformer_impl",),
             'actor.transformer_impl is "transformer_engine", but Transformer Engine is not installed: '
-            "install it, or "
-            "leave the key out.",
+            "install it, or leave the key out.",
         )
     reward = config.reward
     if isinstance(reward, FunctionReward) and not _exists(reward.path.split(":")[0].split(".")[0]):

@@ -34,9 +34,10 @@ def load_config(
     without one. Raises ConfigError with every problem found.
     """
     file = Path(path) / "config.yaml" if Path(path).is_dir() else Path(path)
-    raw = _merged(_read(file), overrides)
+    raw, problems = _merged(_read(file), overrides)
     raw.setdefault("run_dir", f"runs/{default_name(file)}")
-    config, problems = validate(raw)
+    config, mistakes = validate(raw)
+    problems += mistakes
     if config is not None:
         problems += _interpolations(config)
         more = list(config_problems(config, world_size))
@@ -84,22 +85,23 @@ def _read(file: Path) -> Any:
     return loaded
 
 
-def _merged(loaded: Any, overrides: Sequence[str]) -> dict[str, Any]:
-    problems = []
+def _merged(loaded: Any, overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
+    """The file with the overrides merged in, and what is wrong with the overrides themselves."""
+    problems: list[Problem] = []
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not all(part.isidentifier() for part in key.split(".")):
-            problems.append(f"{shown(override)} is not an override: write it as section.key=value.")
-    if problems:
-        raise ConfigError(problems)
-    try:
-        merged = OmegaConf.merge(loaded, *[OmegaConf.from_dotlist([override]) for override in overrides])
-        plain = OmegaConf.to_container(merged, resolve=False)
-    except (YAMLError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"the overrides {shown(list(overrides))} cannot be read: {reason}.") from None
+            sentence = f"{shown(override)} is not an override: write it as section.key=value."
+            problems.append(Problem((), sentence))
+            continue
+        try:
+            loaded = OmegaConf.merge(loaded, OmegaConf.from_dotlist([override]))
+        except (YAMLError, OmegaConfBaseException) as error:
+            reason = str(error).splitlines()[0]
+            problems.append(Problem((key,), f"the override {shown(override)} is not readable: {reason}."))
+    plain = OmegaConf.to_container(loaded, resolve=False)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return {str(key): value for key, value in plain.items()}, problems
 
 
 def _interpolations(config: Config) -> list[Problem]:

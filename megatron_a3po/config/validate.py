@@ -18,8 +18,8 @@ from megatron_a3po.config.problem import Problem, shown
 # Values somebody may well write, and that need more than the list of what is allowed.
 HINTS = {
     ("actor.prox_logp_method", "rollout"): (
-        "anchoring the clip at the behaviour policy is what the coupled loss does: "
-        "set actor.use_decoupled_loss=false and leave actor.prox_logp_method out"
+        "anchoring the clip at the behaviour policy is what the coupled loss does: set "
+        "actor.use_decoupled_loss=false and leave actor.prox_logp_method out"
     ),
 }
 

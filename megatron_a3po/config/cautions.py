@@ -1,0 +1,53 @@
+"""What is allowed but may surprise: sentences said once at start. Refusals are in `checks.py`."""
+
+from collections.abc import Iterator
+
+from megatron_a3po.config.config import Config
+from megatron_a3po.config.model_shape import ModelShape
+
+
+def cautions(config: Config, shape: ModelShape | None = None) -> list[str]:
+    """One sentence for each thing about `config` that a user would want to know before the run, not after."""
+    found = [*_objective(config), *_rollout(config)]
+    if shape is not None and not shape.eos_token_ids and config.needs_rollouts:
+        found.append(
+            "the model's config.json names no eos_token_id, so that every response runs to "
+            "rollout.max_response_tokens."
+        )
+    return found
+
+
+def _objective(config: Config) -> Iterator[str]:
+    actor, bound = config.actor, config.rollout.bound
+    if not actor.use_decoupled_loss:
+        if bound > 0:
+            yield (
+                f"actor.use_decoupled_loss is false at a staleness bound of {bound}: the clip is anchored "
+                "at the behaviour policy, and stale tokens have no other correction."
+            )
+        return
+    limit = 1 + 1 / actor.eps_high
+    if actor.prox_logp_method == "linear" and bound > limit:
+        yield (
+            "the linear anchor bounds the importance weight by d / (d - 1), so that tokens of staleness "
+            f"{limit:g} or more are never clipped from above; the bound here is {bound}: loglinear has no "
+            "such limit."
+        )
+    if actor.prox_logp_method in ("recompute", "metrics") and actor.num_mini_batches == 1:
+        yield (
+            f"actor.prox_logp_method={actor.prox_logp_method} with one mini-batch never clips: every "
+            "importance weight is exactly 1 when the only update is made."
+        )
+    if actor.behave_weight == "off_at_any_staleness" and bound > 0:
+        yield f"stale tokens are trained on uncorrected: actor.behave_weight is off at a staleness bound of {bound}."
+
+
+def _rollout(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.policy == "train" and rollout.fixed_staleness is None:
+        yield (
+            "rollout.staleness_policy=train takes what is finished first: the staleness bound of "
+            f"{rollout.bound} is soft, and a slow response may exceed it."
+        )
+    if rollout.fixed_staleness is not None and rollout.filter_no_signal:
+        yield "rollout.fixed_staleness keeps groups without signal, so that every batch has the same composition."

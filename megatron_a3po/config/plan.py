@@ -1,0 +1,180 @@
+"""What will happen, in a few lines: said at start and by --dry-run.
+
+The process grid, the batch arithmetic in words and numbers, which forwards each token gets and why, the anchor and
+the weight, the staleness bound and policy. Nothing is decided here.
+"""
+
+from collections.abc import Iterator
+
+from megatron_a3po.config.cautions import cautions
+from megatron_a3po.config.config import Config
+from megatron_a3po.config.model_shape import ModelShape
+
+
+def plan_lines(config: Config, shape: ModelShape, data_parallel_size: int) -> list[str]:
+    """The plan of a run over `data_parallel_size` copies of the model, then what may surprise about it."""
+    lines = [
+        *_grid(config, data_parallel_size),
+        *_model(config, shape),
+        *_batch(config, data_parallel_size),
+        *_forwards(config),
+        *_objective(config),
+        *_staleness(config),
+        *_warm_start(config),
+    ]
+    return [*lines, *(f"note       {sentence}" for sentence in cautions(config, shape))]
+
+
+def padded_vocab_size(config: Config, shape: ModelShape) -> int:
+    """The vocabulary as the ranks hold it: a multiple of make_vocab_size_divisible_by times TP."""
+    multiple = config.actor.make_vocab_size_divisible_by * config.actor.tensor_model_parallel_size
+    return -(-shape.vocab_size // multiple) * multiple
+
+
+def rank_coordinates(config: Config, rank: int, data_parallel_size: int) -> tuple[int, int, int]:
+    """(dp, pp, tp) of a rank, in Megatron-Core's own order: TP varies fastest, then DP, then PP."""
+    rest, tp_rank = divmod(rank, config.actor.tensor_model_parallel_size)
+    pp_rank, dp_rank = divmod(rest, data_parallel_size)
+    return dp_rank, pp_rank, tp_rank
+
+
+def expected_forwards(config: Config) -> float:
+    """Forwards per trained token if mini-batches had equal lengths; the run counts the real ones."""
+    actor = config.actor
+    if not actor.use_decoupled_loss or actor.prox_logp_method in ("loglinear", "linear"):
+        return 1.0
+    if actor.recompute_every_token:
+        return 2.0
+    return 1.0 + (actor.num_mini_batches - 1) / actor.num_mini_batches
+
+
+def _grid(config: Config, data_parallel_size: int) -> Iterator[str]:
+    actor = config.actor
+    tensor_size, stages = actor.tensor_model_parallel_size, actor.pipeline_model_parallel_size
+    num_ranks = data_parallel_size * stages * tensor_size
+    yield (
+        f"ranks      {_count(num_ranks, 'rank')} = data {data_parallel_size} x pipeline {stages} x tensor "
+        f"{tensor_size}{', sequence parallel' if actor.sequence_parallel else ''}"
+    )
+    shown = min(data_parallel_size, 4)
+    for dp_rank in range(shown):
+        places = []
+        for pp_rank in range(stages):
+            first = (pp_rank * data_parallel_size + dp_rank) * tensor_size
+            ranks = str(first) if tensor_size == 1 else f"{first}-{first + tensor_size - 1}"
+            places.append(f"pp {pp_rank}: {'rank' if tensor_size == 1 else 'ranks'} {ranks}")
+        yield f"           dp {dp_rank}: {', '.join(places)}"
+    if data_parallel_size > shown:
+        yield f"           and so on for {data_parallel_size - shown} more copies"
+
+
+def _model(config: Config, shape: ModelShape) -> Iterator[str]:
+    actor = config.actor
+    stages = actor.pipeline_model_parallel_size
+    chunks = actor.virtual_pipeline_model_parallel_size
+    padded = padded_vocab_size(config, shape)
+    per_stage = "" if stages == 1 else f", {shape.num_layers // stages} on each stage"
+    if chunks is not None:
+        per_stage += f" in {chunks} chunks"
+    yield (
+        f"model      {shape.model_type}, {config.model.initialization}, {_count(shape.num_layers, 'layer')} "
+        f"of width {shape.hidden_size}{per_stage}, computed in {'bf16' if actor.bf16 else 'fp32'}"
+    )
+    yield (
+        f"           vocabulary {shape.vocab_size} padded to {padded}, "
+        f"{padded // actor.tensor_model_parallel_size} on each tensor rank"
+    )
+
+
+def _batch(config: Config, data_parallel_size: int) -> Iterator[str]:
+    actor, rollout, trainer = config.actor, config.rollout, config.trainer
+    prompts, samples, parts = trainer.prompts_per_step, rollout.samples_per_prompt, actor.num_mini_batches
+    yield (
+        f"batch      a training step has {_count(prompts, 'prompt')} x {_count(samples, 'sample')} = "
+        f"{_count(prompts * samples, 'trajectory', 'trajectories')}"
+    )
+    if parts == 1:
+        cut = "in 1 mini-batch and so 1 optimizer step"
+    else:
+        cut = f"in {parts} mini-batches of {prompts * samples // parts} and so {parts} optimizer steps"
+    yield (
+        f"           {cut}; {_count(trainer.steps, 'training step')} make "
+        f"{_count(config.optimizer_steps, 'optimizer step')} in total"
+    )
+    yield (
+        f"           a forward packs at most {actor.max_tokens_per_micro_batch} tokens (a micro-batch); "
+        f"each of {_count(data_parallel_size, 'copy', 'copies')} of the model gets as many as every other"
+    )
+    if config.needs_rollouts:
+        longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+        yield f"           a trajectory has at most {longest} tokens, {rollout.max_response_tokens} of them trained"
+
+
+def _forwards(config: Config) -> Iterator[str]:
+    actor = config.actor
+    parts, expected = actor.num_mini_batches, expected_forwards(config)
+    head = f"forwards   {expected:.4g} for each token, "
+    if not actor.use_decoupled_loss:
+        yield f"{head}the update's own: the clip is around the behaviour policy, no other is needed"
+    elif actor.prox_logp_method in ("loglinear", "linear"):
+        yield f"{head}the update's own: the proximal policy is interpolated from log-probs that are there already"
+    elif actor.recompute_every_token:
+        yield f"{head}the update's own and one before the first update for every token, because "
+        yield "           actor.recompute_every_token asks for it; the weights are those without it"
+    elif parts == 1:
+        yield f"{head}the update's own: with one mini-batch its own log-probs are the proximal policy's"
+    else:
+        yield f"{head}about: 1 in mini-batch 1, whose own log-probs are the proximal policy's, and 2 in mini-batches"
+        yield f"           2 to {parts}, whose proximal log-probs are recomputed before the first update"
+
+
+def _objective(config: Config) -> Iterator[str]:
+    actor = config.actor
+    anchors = {
+        "loglinear": "A-3PO's, interpolated in log space by each token's staleness",
+        "linear": "A-3PO's, interpolated in probabilities by each token's staleness",
+        "recompute": "the policy each training step begins with, recomputed",
+        "metrics": "the policy each training step begins with, recomputed; the approximations are measured beside it",
+    }
+    weights = {
+        "clamp": f"pi_prox / pi_behave, at most {actor.behave_weight_cap:g}",
+        "mask": f"pi_prox / pi_behave, tokens above {actor.behave_weight_cap:g} left out of the loss",
+        "off": "1, switched off",
+        "off_at_any_staleness": "1, switched off by name",
+    }
+    decoupled = actor.use_decoupled_loss
+    anchor = anchors[actor.prox_logp_method] if decoupled else "the behaviour policy (coupled loss)"
+    weight = weights[actor.behave_weight] if decoupled else "1 (coupled loss)"
+    yield f"anchor     {anchor}"
+    dual = "" if actor.dual_clip is None else f", dual clip at {actor.dual_clip:g}"
+    yield f"           the ratio to it is clipped to [{1 - actor.eps_low:g}, {1 + actor.eps_high:g}]{dual}"
+    yield f"weight     {weight}"
+    yield f"advantage  {actor.advantage}, loss averaged by {actor.loss_mean}"
+
+
+def _staleness(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if not config.needs_rollouts:
+        yield f"samples    replayed from {config.trainer.replay}; nothing is generated"
+    elif rollout.fixed_staleness is not None:
+        yield f"staleness  every step trains on samples exactly {rollout.fixed_staleness} versions old"
+    else:
+        policies = {
+            "wait": "groups are taken in the order they were admitted",
+            "drop": "groups are taken as they finish, those over the bound are dropped",
+            "train": "groups are taken as they finish, even over the bound",
+        }
+        yield f"staleness  at most {rollout.bound}, policy {rollout.policy}: {policies[rollout.policy]}"
+
+
+def _warm_start(config: Config) -> Iterator[str]:
+    if config.warm_start is not None:
+        warm_start = config.warm_start
+        yield (
+            f"before     {_count(warm_start.steps, 'supervised step')} of {warm_start.batch_size} examples "
+            f"from {warm_start.data or config.data.train}"
+        )
+
+
+def _count(number: int, singular: str, plural: str | None = None) -> str:
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"
