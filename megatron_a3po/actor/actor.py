@@ -1,0 +1,149 @@
+"""The actor: target policy, optimizer and loss layer on this rank's place in the grid.
+
+It knows mini-batches of aligned sequences and objectives; what a step is, where batches come from and what is published
+when, the trainer decides.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_a3po.actor.grid import Grid
+from megatron_a3po.actor.model import build_model, padded_vocab_size, unwrap
+from megatron_a3po.actor.optimizer import Optimizer, Schedule
+from megatron_a3po.actor.packing import AlignedSequence, MicroBatch, micro_batches
+from megatron_a3po.actor.pipeline import LossSettings, Pipeline
+from megatron_a3po.config import ModelShape
+from megatron_a3po.config.actor import ActorSection
+from megatron_a3po.config.model import ModelSection
+from megatron_a3po.vocab_parallel import LossOutput, Objective, choose_chunk_tokens
+from megatron_a3po.weights.families import FAMILIES
+from megatron_a3po.weights.hugging_face import write_hugging_face
+from megatron_a3po.weights.operations import Layout
+from megatron_a3po.weights.shards import full_tensors, load_shards
+from megatron_a3po.weights.sources import RandomSource, SafetensorsSource, tensor_shapes
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one mini-batch did: per micro-batch outputs (last stage only), and whether its update was applied."""
+
+    outputs: list[LossOutput]
+    loss_sum: Tensor
+    denominator: int
+    grad_norm: float
+    applied: bool
+
+
+class Actor:
+    """The target policy in training."""
+
+    def __init__(
+        self,
+        actor: ActorSection,
+        model: ModelSection,
+        shape: ModelShape,
+        grid: Grid,
+        *,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        self.config, self.shape, self.grid, self.hf_path = actor, shape, grid, Path(model.hf_path)
+        self.model = build_model(actor, shape, grid)
+        self.family = FAMILIES[shape.model_type]
+        self.layout = Layout(shape, padded_vocab_size(actor, shape), grid.tp.rank, grid.tp.size)
+        vocab_shard = self.layout.padded_vocab_size // grid.tp.size
+        chunk_tokens = actor.loss_chunk_tokens or choose_chunk_tokens(
+            shape.hidden_size, vocab_shard, grid.device
+        )
+        settings = LossSettings(shape.vocab_size, temperature, actor.sequence_parallel, chunk_tokens)
+        self.pipeline = Pipeline(self.model, grid, settings)
+        self._load(model, seed)
+        self.optimizer: Optimizer | None = None
+
+    def start_stage(self, schedule: Schedule) -> None:
+        """Begin a training stage with fresh moments and its own schedule."""
+        self.optimizer = Optimizer(self.config, schedule, self.model)
+
+    def pack(self, mini_batch: list[AlignedSequence]) -> list[MicroBatch]:
+        """This rank's micro-batches of a mini-batch. The same packs serve scoring and training: their ratio is exact."""
+        vp_size = self.config.virtual_pipeline_model_parallel_size
+        return micro_batches(
+            mini_batch,
+            self.grid,
+            max_tokens=self.config.max_tokens_per_micro_batch,
+            multiple=self.grid.pp.size if vp_size else 1,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+
+    def update(self, packs: list[MicroBatch], objective: Objective) -> Update:
+        """One optimizer step on one mini-batch: forward, backward, and the update on all ranks or on none."""
+        assert self.optimizer is not None, "start_stage comes first"
+        self.optimizer.zero_grad()
+        outputs = self.pipeline.train(packs, objective)
+        loss_sum = torch.zeros((), device=self.grid.device)
+        for output in outputs:
+            loss_sum = loss_sum + output.loss.detach()
+        applied, grad_norm = self.optimizer.step(loss_sum)
+        return Update(outputs, loss_sum, sum(p.denominator for p in packs), grad_norm, applied)
+
+    def score(self, packs: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+        """Log-prob and entropy of the trained tokens under the current weights; last stage only."""
+        return self.pipeline.score(packs)
+
+    @property
+    def tokens_forwarded(self) -> int:
+        """Tokens that went through the model's forward on this rank so far, counted where it is called."""
+        return sum(unwrap(chunk).tokens_forwarded for chunk in self.model) // len(self.model)
+
+    @property
+    def has_loss(self) -> bool:
+        """The last pipeline stage computes losses and statistics."""
+        return self.grid.pp.is_last
+
+    def write_hugging_face(self, directory: Path, *, with_tokenizer: bool = False) -> None:
+        """Write the current weights as a Hugging Face directory. Collective over all ranks."""
+        self._gather_parameters()
+        parameters = ((name, tensor) for name, tensor, own in self._parameters() if own)
+        write_hugging_face(
+            full_tensors(parameters, self.family, self.layout, self.grid.tp.group),
+            directory,
+            template=self.hf_path,
+            stage=self.grid.pp.rank,
+            num_stages=self.grid.pp.size,
+            writes=self.grid.holds_export,
+            host_group=self.grid.host_group,
+            with_tokenizer=with_tokenizer,
+        )
+
+    def _load(self, model: ModelSection, seed: int) -> None:
+        source = (
+            SafetensorsSource(self.hf_path)
+            if model.initialization == "pretrained"
+            else RandomSource(tensor_shapes(self.shape), self.shape, seed)
+        )
+        load_shards(
+            ((name, tensor) for name, tensor, _ in self._parameters()), source, self.family, self.layout
+        )
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor, bool]]:
+        """(name with global layer number, this rank's shard, whether it is exported from here)."""
+        for chunk in self.model:
+            stage = unwrap(chunk)
+            for name, parameter in stage.named_parameters():
+                if name.startswith("decoder.layers."):
+                    local, rest = name.removeprefix("decoder.layers.").split(".", 1)
+                    layer = stage.decoder.layers[int(local)].layer_number - 1
+                    name = f"decoder.layers.{layer}.{rest}"
+                # The last stage's copy of a tied embedding is loaded like the embedding and exported from the first.
+                tied_copy = name == "output_layer.weight" and self.shape.tie_word_embeddings
+                yield ("embedding.word_embeddings.weight" if tied_copy else name), parameter, not tied_copy
+
+    def _gather_parameters(self) -> None:
+        # Under overlap_param_gather the next forward gathers lazily; whoever reads the weights before that must ask.
+        if self.config.overlap_param_gather:
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)

@@ -1,0 +1,132 @@
+"""The process grid: which rank stands where on the tensor, pipeline and data axes.
+
+The only file that touches Megatron-Core's `parallel_state`. Everything else receives a frozen `Grid`.
+"""
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_a3po.config.actor import ActorSection
+from megatron_a3po.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the grid as this rank sees it."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """This rank's place: `tp` tensor, `pp` pipeline, `dp` data axis; `host_group` is gloo, for host objects."""
+
+    world_rank: int
+    world_size: int
+    device: torch.device
+    tp: Axis
+    pp: Axis
+    dp: Axis
+    host_group: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: owns the rollout process, the files and the display."""
+        return self.world_rank == 0
+
+    @property
+    def holds_export(self) -> bool:
+        """One rank per pipeline stage writes that stage's full tensors."""
+        return self.tp.is_first and self.dp.is_first
+
+
+def data_parallel_size(actor: ActorSection, world_size: int) -> int:
+    """Size of the data axis in a world of `world_size` ranks. Errors: ConfigError where the grid does not fit."""
+    model_ranks = actor.tensor_model_parallel_size * actor.pipeline_model_parallel_size
+    size, rest = divmod(world_size, model_ranks)
+    if rest or size == 0:
+        raise ConfigError(
+            [
+                f"the launcher started {world_size} ranks, which is not a multiple of "
+                f"actor.tensor_model_parallel_size x actor.pipeline_model_parallel_size = {model_ranks}; "
+                f"start a multiple of {model_ranks} ranks"
+            ]
+        )
+    if actor.data_parallel_size not in (None, size):
+        raise ConfigError(
+            [
+                f"actor.data_parallel_size is {actor.data_parallel_size}, but the launcher started {world_size} ranks, "
+                f"which makes it {size}; leave the key out or start {actor.data_parallel_size * model_ranks} ranks"
+            ]
+        )
+    return size
+
+
+def build_grid(
+    actor: ActorSection,
+    *,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    init_method: str,
+    seed: int,
+    timeout_s: float,
+) -> Grid:
+    """Join the process group and lay the grid over it. Source: parallel_state.initialize_model_parallel."""
+    has_gpu = torch.cuda.is_available()
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if has_gpu:
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    else:
+        from megatron_a3po.actor.cpu import pretend_cuda_is_cpu
+
+        pretend_cuda_is_cpu()
+    dist.init_process_group(
+        "nccl" if has_gpu else "gloo",
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=actor.tensor_model_parallel_size,
+        pipeline_model_parallel_size=actor.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=actor.virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        create_gloo_process_groups=False,
+    )
+    # No layer draws random numbers (dropout is refused); sequence parallelism still asks for the tracker's states.
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Grid(
+        world_rank=rank,
+        world_size=world_size,
+        device=torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu"),
+        tp=_axis(parallel_state.get_tensor_model_parallel_group()),
+        pp=_axis(parallel_state.get_pipeline_model_parallel_group()),
+        dp=_axis(parallel_state.get_data_parallel_group()),
+        host_group=dist.new_group(backend="gloo", timeout=timeout),
+    )
+
+
+def leave_grid() -> None:
+    """Take the grid and the process group down."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    return Axis(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)

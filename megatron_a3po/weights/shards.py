@@ -1,0 +1,50 @@
+"""This rank's shards from full tensors, and full tensors from every rank's shards.
+
+Parameters come as (Megatron-Core name with global layer numbers, tensor); the family's table says the rest. Strict both
+ways: a name the table does not know, or a tensor the source does not hold, is an error.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_a3po.errors import InputError
+from megatron_a3po.weights.families import Family
+from megatron_a3po.weights.operations import Layout, SliceReader
+
+NamedTensors = Iterable[tuple[str, Tensor]]
+
+
+@torch.no_grad()
+def load_shards(
+    parameters: NamedTensors, source: Mapping[str, SliceReader], family: Family, layout: Layout
+) -> None:
+    """Fill this rank's parameters in place. Errors: InputError names the tensor that is missing or has another shape."""
+    for name, parameter in parameters:
+        rule, hf_names = family.rule(name)
+        if missing := [hf_name for hf_name in hf_names if hf_name not in source]:
+            raise InputError(f"the checkpoint lacks the tensor {missing[0]}, which config.json asks for")
+        shard = rule.operation.shard([source[hf_name] for hf_name in hf_names], layout)
+        if shard.shape != parameter.shape:
+            raise InputError(
+                f"{', '.join(hf_names)} make a shard of shape {tuple(shard.shape)}, but config.json asks for "
+                f"{tuple(parameter.shape)}; checkpoint and config.json belong to different models"
+            )
+        parameter.copy_(shard)
+
+
+@torch.no_grad()
+def full_tensors(
+    parameters: NamedTensors, family: Family, layout: Layout, tp_group: dist.ProcessGroup
+) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, full tensor) of this pipeline stage. Collective over the tensor axis."""
+    for name, parameter in parameters:
+        rule, hf_names = family.rule(name)
+        own = parameter.detach().contiguous()
+        shards = [own]
+        if layout.tp_size > 1:
+            shards = [torch.empty_like(own) for _ in range(layout.tp_size)]
+            dist.all_gather(shards, own, group=tp_group)
+        yield from zip(hf_names, rule.operation.merge(shards, layout.shape), strict=True)
