@@ -5,8 +5,8 @@
     rloo            R - mean of the other samples of the group
     reinforce_pp   (R - mean) / (std + 1e-5)      over the whole step's batch
 
-Equal rewards give exactly 0, not what rounding leaves of a mean. A group of one has nothing to be compared with, and
-is refused wherever the group is the baseline.
+Equal rewards give exactly 0, not what rounding leaves of a mean. A group of one has nothing to be compared
+with, and is refused wherever the group is the baseline.
 """
 
 from typing import Literal
@@ -23,7 +23,8 @@ def group_advantages(
 ) -> Float64[np.ndarray, "groups samples"]:
     """One advantage per sample; rewards are the whole step's, groups in rows.
 
-    Sources: GRPO (Shao et al. 2024), Dr. GRPO (Liu et al. 2025), RLOO (Ahmadian et al. 2024), REINFORCE++ (Hu 2025).
+    Sources: GRPO (Shao et al. 2024), Dr. GRPO (Liu et al. 2025), RLOO (Ahmadian et al. 2024), REINFORCE++ (Hu
+    2025).
     """
     compared = rewards.reshape(1, -1) if estimator == "reinforce_pp" else rewards
     num_compared = compared.shape[1]

@@ -4,9 +4,9 @@
     sequence    sum_i (sum_t loss_t / |y_i|) / N_sequences
     constant    sum_t loss_t / (N_sequences * max_response_tokens)               (Dr. GRPO)
 
-The numerator is a sum of weighted token losses, the denominator an integer that adds up over micro-batches and
-data-parallel ranks: one division at the end is exact, however the mini-batch was cut. |y_i| counts trained tokens; a
-sequence without any is no sequence.
+The numerator is a sum of weighted token losses, the denominator an integer that adds up over micro-batches
+and data-parallel ranks: one division at the end is exact, however the mini-batch was cut. |y_i| counts
+trained tokens; a sequence without any is no sequence.
 """
 
 from typing import Literal

@@ -4,8 +4,8 @@
     w = pi_prox / pi_behave                what corrects for stale samples; detached, capped
     loss = -w * min(r * A, clip(r, 1 - eps_low, 1 + eps_high) * A)
 
-With pi_prox = pi_behave this *is* standard PPO (w is exactly 1): the coupled loss needs no code of its own. How per-token
-losses become one number is `loss_mean`'s business, where the anchor comes from `proximal`'s.
+With pi_prox = pi_behave this *is* standard PPO (w is exactly 1): the coupled loss needs no code of its own.
+How per-token losses become one number is `loss_mean`'s business, where the anchor comes from `proximal`'s.
 
     closed form with the loglinear anchor, x = pi_theta / pi_behave, m = max(d, 1):
     r = x^(1/m),  w * r = x,  trust region in x: [(1 - eps_low)^m, (1 + eps_high)^m]
@@ -46,9 +46,9 @@ def decoupled_loss(
 ) -> TokenLoss:
     """loss_t = -w_t * min(r_t A_t, clip(r_t, 1 - eps_low, 1 + eps_high) A_t), one value per token.
 
-    Gradient flows through `logp` alone. `mask` is for callers who keep untrained tokens: their fields are replaced
-    before any exponential, so an infinity there neither raises nor poisons a gradient, and their loss is 0.
-    Source: decoupled PPO (Hilton et al. 2022, eq. 4); A-3PO, eq. 2.
+    Gradient flows through `logp` alone. `mask` is for callers who keep untrained tokens: their fields are
+    replaced before any exponential, so an infinity there neither raises nor poisons a gradient, and their
+    loss is 0. Source: decoupled PPO (Hilton et al. 2022, eq. 4); A-3PO, eq. 2.
     """
     logp, prox_logp, behave_logp, advantages = _trained(mask, logp, prox_logp, behave_logp, advantages)
     ratio = torch.exp(logp - prox_logp.detach())
@@ -75,10 +75,12 @@ def sequence_loss(
 ) -> TokenLoss:
     """The same objective with one ratio and one weight per sequence (GSPO), given back at each of its tokens.
 
-        r_i = exp(mean_t(logp - prox_logp))      w_i = exp(mean_t(prox_logp - behave_logp))      dr_i/dlogp_t = r_i/|y_i|
+        r_i = exp(mean_t(logp - prox_logp))             dr_i / dlogp_t = r_i / |y_i|
+        w_i = exp(mean_t(prox_logp - behave_logp))
 
-    Every token's anchor has its own staleness. With the `sequence` loss mean the sum over tokens is GSPO's mean over
-    sequences. `sequence_ids` runs from 0 to num_sequences - 1. Source: GSPO (Zheng et al. 2025), eq. 5-7.
+    Every token's anchor has its own staleness. With the `sequence` loss mean the sum over tokens is GSPO's
+    mean over sequences. `sequence_ids` runs from 0 to num_sequences - 1. Source: GSPO (Zheng et al. 2025),
+    eq. 5-7.
     """
     logp, prox_logp, behave_logp, advantages = _trained(mask, logp, prox_logp, behave_logp, advantages)
     counted = torch.ones_like(logp) if mask is None else mask.to(logp.dtype)
@@ -98,7 +100,7 @@ def sequence_loss(
 def _clipped_objective(
     ratio: Tensor, advantages: Tensor, eps_low: float, eps_high: float, dual_clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """min(r A, clip(r) A), floored at c A for A < 0 with a dual clip (Ye et al. 2020); and where the clip decides."""
+    """min(r A, clip(r) A), for A < 0 floored at c A by a dual clip (Ye et al. 2020); where the clip decides."""
     plain = ratio * advantages
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
     objective = torch.minimum(plain, clipped)
@@ -119,5 +121,5 @@ def _apply_weight(loss: Tensor, weight: Tensor, behave_weight: BehaveWeight, cap
 
 
 def _trained(mask: Tensor | None, *fields: Tensor) -> tuple[Tensor, ...]:
-    """The fields with 0 wherever the mask is False: replaced before arithmetic, never multiplied away after it."""
+    """The fields with 0 where the mask is False: replaced before arithmetic, not multiplied away after it."""
     return fields if mask is None else tuple(torch.where(mask, field, 0.0) for field in fields)

@@ -1,12 +1,13 @@
 """The proximal policy from log-probabilities that are already there: the idea of A-3PO.
 
-Decoupled PPO clips against a *proximal* policy, the trust-region anchor, and pays a forward pass for its log-probs. Here
-the anchor is interpolated between the behaviour policy, which produced the token, and the target policy, whose
-log-probs the training forward computes anyway. The share of each depends on the token's staleness alone:
+Decoupled PPO clips against a *proximal* policy, the trust-region anchor, and pays a forward pass for its
+log-probs. Here the anchor is interpolated between the behaviour policy, which produced the token, and the
+target policy, whose log-probs the training forward computes anyway. The share of each depends on the token's
+staleness alone:
 
     loglinear   log pi_prox = alpha * log pi_behave + (1 - alpha) * log pi_theta
     linear      log pi_prox = log(alpha * pi_behave + (1 - alpha) * pi_theta)
-    rollout     log pi_prox = log pi_behave                                          (measured, never trained with)
+    rollout     log pi_prox = log pi_behave                                 (measured, never trained with)
 
 with alpha = 1 / max(d, 1). The anchor never carries gradient. Next: `policy_loss`.
 """
@@ -31,8 +32,8 @@ def interpolate(
 ) -> Float[Tensor, "*shape"]:
     """log pi_prox of tokens whose staleness was checked when the batch was built; no gradient, no host read.
 
-    At d <= 1 the behaviour log-prob is *selected*, not multiplied by 1 and added to 0 times the target's: an infinite
-    target log-prob stays harmless there. Source: A-3PO, eq. 3-5.
+    At d <= 1 the behaviour log-prob is *selected*, not multiplied by 1 and added to 0 times the target's: an
+    infinite target log-prob stays harmless there. Source: A-3PO, eq. 3-5.
     """
     behave_logp, logp = behave_logp.detach(), logp.detach()
     alpha = behave_share(staleness, logp.dtype)
@@ -57,7 +58,7 @@ def approximate_proximal_logp(
 
     behave_logp      log-probs the sampler reported, at the sampling temperature
     logp             log-probs of the policy being trained; detached here, the result carries no gradient
-    versions         version of the weights that produced each token, -1 where nobody did (the result is behave_logp)
+    versions         version of the weights behind each token, -1 where nobody generated it (gives behave_logp)
     current_version  version the training step began with, the same for all its mini-batches
     method           "loglinear", "linear" or "rollout"
 

@@ -2,9 +2,9 @@
 
     d = current_version - version          current_version is the version the step began with
 
-The same current_version holds through all mini-batches of a step. Version -1 marks tokens nobody generated (prompt,
-pad). Versions are host integers when a batch is built, so that is where they are checked, once; on the device only the
-staleness travels. Next: `proximal`.
+The same current_version holds through all mini-batches of a step. Version -1 marks tokens nobody generated
+(prompt, pad). Versions are host integers when a batch is built, so that is where they are checked, once; on
+the device only the staleness travels. Next: `proximal`.
 """
 
 import numpy as np
@@ -20,8 +20,8 @@ def behave_share(
 ) -> Float[Tensor, "*shape"]:
     """The behaviour policy's share in the anchor: alpha(d) = 1 / max(d, 1).
 
-    A fresh token (d = 0 or 1) is anchored at the policy that produced it; the older it is, the closer the anchor moves
-    to the target. Source: A-3PO, eq. 3-5 (the method's own documentation calls 1 - alpha alpha).
+    A fresh token (d = 0 or 1) is anchored at the policy that produced it; the older it is, the closer the
+    anchor moves to the target. Source: A-3PO, eq. 3-5 (the method's own documentation calls 1 - alpha alpha).
     """
     return staleness.clamp(min=1).to(dtype).reciprocal()
 
@@ -31,8 +31,8 @@ def trained_staleness(
 ) -> Int[np.ndarray, "trained"]:
     """Staleness of the trained tokens, on the host, as int32; `owner` names the trajectory in the error.
 
-    Raises ValueError for a token without a version and for one from the future: training on either is a mistake
-    upstream that no later arithmetic can see.
+    Raises ValueError for a token without a version and for one from the future: training on either is a
+    mistake upstream that no later arithmetic can see.
     """
     for wrong, why in (
         (versions <= NOT_GENERATED, "which marks a token nobody generated"),

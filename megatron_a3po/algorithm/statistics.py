@@ -1,9 +1,10 @@
 """What a training step measures: sums, counts, minima and maxima that merge exactly.
 
-A `Statistics` is one [names, 4] tensor on the device. Micro-batches merge into each other as they come; after the step
-one all-gather and one local merge make every rank's numbers the whole step's, so an average is a mean over tokens and a
-reported maximum is a maximum. Nothing here reads the device. The three functions below turn the vectors of a
-micro-batch into such rows; which of them are reported, and under which name, is `metric_table`'s.
+A `Statistics` is one [names, 4] tensor on the device. Micro-batches merge into each other as they come; after
+the step one all-gather and one local merge make every rank's numbers the whole step's, so an average is a
+mean over tokens and a reported maximum is a maximum. Nothing here reads the device. The three functions below
+turn the vectors of a micro-batch into such rows; which of them are reported, and under which name, is
+`metric_table`'s.
 
 Row of a quantity nobody measured: sum 0, count 0, min +inf, max -inf, the neutral element of the merge.
 """
@@ -44,7 +45,7 @@ class Statistics:
         return cls(tuple(values), torch.stack([_summary(vector, where) for vector in values.values()]))
 
     def aligned(self, names: Sequence[str]) -> Self:
-        """The rows of `names` in that order, empty where nothing was measured; no measured name may be missing."""
+        """The rows of `names` in that order, empty where nothing was measured; every measured name is kept."""
         if tuple(names) == self.names:
             return self
         missing = set(self.names) - set(names)
@@ -89,7 +90,7 @@ def policy_statistics(
 ) -> Statistics:
     """Ratio, weight, clip, entropy and k3 divergence (behaviour to target) of the trained tokens.
 
-    k3 = exp(t - b) - 1 - (t - b)      non-negative; its mean under the behaviour policy is KL(behave || target)
+    k3 = exp(t - b) - 1 - (t - b)      >= 0; its mean under the behaviour policy is KL(behave || target)
     """
     log_ratio = logp.detach() - behave_logp
     return Statistics.of(
@@ -106,7 +107,7 @@ def policy_statistics(
 def sampler_statistics(
     logp: Float[Tensor, "trained"], behave_logp: Float[Tensor, "trained"], staleness: Int[Tensor, "trained"]
 ) -> Statistics:
-    """|trainer - sampler| log-prob on tokens of equal versions (d = 0); right only in a step's first mini-batch."""
+    """|trainer - sampler| log-prob on tokens of equal versions: d = 0, and only in a step's first mini-batch."""
     return Statistics.of({"sampler_trainer": (logp.detach() - behave_logp).abs()}, where=staleness == 0)
 
 
@@ -122,10 +123,11 @@ def approximation_statistics(
     staleness: Int[Tensor, "trained"],
     recomputed_logp: Float[Tensor, "trained"] | None = None,
 ) -> Statistics:
-    """What the approximate anchor a is, and, where the recomputed g is known (`metrics` mode), how far it lies from it.
+    """What the approximate anchor a is, and, where the recomputed g is known (`metrics` mode), how far it
+    lies from it.
 
-    With t the detached target and b the behaviour: weights exp(a - b) and ratios exp(t - a), beside exp(g - b) and
-    exp(t - g). Relative errors are in percent, 100 |x - y| / (|y| + 1e-8).
+    With t the detached target and b the behaviour: weights exp(a - b) and ratios exp(t - a), beside exp(g -
+    b) and exp(t - g). Relative errors are in percent, 100 |x - y| / (|y| + 1e-8).
     """
     target, truth = logp.detach(), recomputed_logp
     approx = interpolate(behave_logp, target, staleness, method)

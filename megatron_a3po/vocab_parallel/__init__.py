@@ -1,4 +1,5 @@
-"""The loss layer over a vocabulary split between ranks: hidden states in, loss and gradients out, no full logits.
+"""The loss layer over a vocabulary split between ranks: hidden states in, loss and gradients out, no full
+logits.
 
 Read in this order:
 

@@ -1,6 +1,7 @@
 """The collectives of the loss layer, each the identity on one rank.
 
-gloo corrupts tensors that are not contiguous without a word, so contiguity is asserted here once for all of them.
+gloo corrupts tensors that are not contiguous without a word, so contiguity is asserted here once for all of
+them.
 """
 
 import torch
@@ -53,7 +54,8 @@ def reduce_scatter(summands: Tensor, group: Group) -> Tensor:
 def merge_over_ranks(statistics: Statistics, names: tuple[str, ...], group: Group) -> Statistics:
     """The whole step's statistics on every rank of the group: one all-gather, merged locally.
 
-    `names` is the same on all ranks. A rank without values (an earlier pipeline stage) passes an empty `Statistics`;
-    tensor-parallel ranks all hold the same values, so all but one of them must pass an empty one too.
+    `names` is the same on all ranks. A rank without values (an earlier pipeline stage) passes an empty
+    `Statistics`; tensor-parallel ranks all hold the same values, so all but one of them must pass an empty
+    one too.
     """
     return Statistics.merged(names, all_gather(statistics.aligned(names).table, group))

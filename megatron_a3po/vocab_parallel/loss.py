@@ -1,14 +1,15 @@
 """The loss layer: from hidden states and a vocabulary shard to loss and gradients, in one sweep.
 
-With a token-level objective the derivative of the loss by a log-prob is known as soon as the log-prob is. So one pass
-over chunks of trained tokens does everything, and full logits never exist:
+With a token-level objective the derivative of the loss by a log-prob is known as soon as the log-prob is. So
+one pass over chunks of trained tokens does everything, and full logits never exist:
 
-    project -> softmax over shards (one collective) -> objective and its derivative -> logits' gradient in place
+    project -> softmax over shards (one collective) -> objective and its derivative -> logits' gradient in
+    place
             -> hidden gradient, weight gradient
 
-The gradients are made in forward; backward hands them out, scaled by the upstream gradient. Where the weight has a main
-gradient (Megatron-Core's DDP) its gradient is added there at once, so there the upstream gradient must be 1: Megatron's
-per-token-loss path, no loss scaling. `reference` is the same in plain dense torch.
+The gradients are made in forward; backward hands them out, scaled by the upstream gradient. Where the weight
+has a main gradient (Megatron-Core's DDP) its gradient is added there at once, so there the upstream gradient
+must be 1: Megatron's per-token-loss path, no loss scaling. `reference` is the same in plain dense torch.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from megatron_a3po.vocab_parallel.trained_rows import RowSource, TrainedRows, ro
 
 @dataclass(frozen=True)
 class LossOutput:
-    """The summed loss, with gradient, and what it was made of, without; replicated over the vocabulary's ranks."""
+    """The summed loss, with gradient, and what it was made of, without; the same on all shards' ranks."""
 
     loss: Float32[Tensor, ""]
     logp: Float32[Tensor, "trained"]
@@ -53,9 +54,9 @@ def vocab_parallel_loss(
 ) -> LossOutput:
     """The sum of the objective over the trained tokens, differentiable in `hidden` and `weight`.
 
-    hidden       last hidden states; replicated over the group, or this rank's slice under sequence parallelism
-    weight       this rank's rows of the output embedding, float32 or bfloat16 like `hidden`; its gradient is summed in
-                 float32, in `weight.main_grad` where there is one
+    hidden       last hidden states, replicated over the group; under sequence parallelism this rank's slice
+    weight       this rank's rows of the output embedding, float32 or bfloat16 like `hidden`; its gradient is
+                 summed in float32, in `weight.main_grad` where there is one
     vocab_size   true size: rows of the (padded) embedding beyond it are not part of the softmax
     temperature  the sampler's; log-probs are of softmax(logits / temperature)
     tp_group     ranks holding the shards, in order; None for one shard
@@ -80,7 +81,7 @@ def vocab_parallel_logp(
     sequence_parallel: bool,
     chunk_tokens: int,
 ) -> tuple[Float32[Tensor, "trained"], Float32[Tensor, "trained"]]:
-    """Log-prob and entropy of the trained tokens, without any gradient: the recompute pass, or a reference policy."""
+    """Log-prob and entropy of the trained tokens, without gradient: the recompute pass, a reference policy."""
     sweep = _Sweep(vocab_size, temperature, tp_group, sequence_parallel, chunk_tokens)
     logp, entropy = _vectors(2, rows.total, hidden)
     source = row_source(hidden, rows, tp_group, sequence_parallel)
@@ -175,7 +176,7 @@ def _vectors(count: int, num_tokens: int, like: Tensor) -> Float32[Tensor, "coun
 
 
 def _differentiate(objective: Objective, logp: Tensor, fields: TokenFields) -> tuple[Tensor, Tensor]:
-    """The objective's value at each token and its derivative by that token's log-prob: the only autograd there is."""
+    """The objective at each token and its derivative by that token's log-prob: the only autograd there is."""
     with torch.enable_grad():
         logp = logp.detach().requires_grad_()
         losses = objective(logp, fields)
@@ -184,7 +185,7 @@ def _differentiate(objective: Objective, logp: Tensor, fields: TokenFields) -> t
 
 
 def _weight_gradient_buffer(weight: Tensor) -> tuple[Tensor, bool]:
-    """Megatron-Core's main gradient where the weight has one (True), a float32 buffer of our own elsewhere (False)."""
+    """Megatron-Core's main gradient where the weight has one (True), else a float32 buffer of our own (False)."""
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is not None:
         return main_grad, True
@@ -194,15 +195,15 @@ def _weight_gradient_buffer(weight: Tensor) -> tuple[Tensor, bool]:
 def _placeholder(weight: Tensor) -> Tensor:
     """What Megatron-Core's hooks expect of a gradient that is in the main gradient already.
 
-    They assert that there is one, and drop it; but where the weight is tied to an embedding on the same stage they add
-    it up with the embedding's own, so there it must be zeros.
+    They assert that there is one, and drop it; but where the weight is tied to an embedding on the same stage
+    they add it up with the embedding's own, so there it must be zeros.
     """
     weight.grad_added_to_main_grad = True
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
 def _first_nonfinite(*vectors: Float32[Tensor, "trained"]) -> Int64[Tensor, ""]:
-    """Index of the first token with a non-finite value in any vector, -1 if there is none; stays on the device."""
+    """Index of the first token with a non-finite value in any vector, -1 for none; stays on the device."""
     finite = torch.stack(vectors).isfinite().all(0)
     num_tokens = finite.shape[0]
     positions = torch.arange(num_tokens, device=finite.device)

@@ -28,7 +28,7 @@ def rollout_anchor(logp: Float[Tensor, "tokens"], fields: TokenFields) -> Float[
 
 
 def own_anchor(logp: Float[Tensor, "tokens"], fields: TokenFields) -> Float[Tensor, "tokens"]:
-    """log pi_prox = stop_gradient(log pi_theta): what recomputing would give before the first optimizer step."""
+    """log pi_prox = stop_gradient(log pi_theta): what recomputing gives before the first optimizer step."""
     return logp.detach()
 
 

@@ -1,9 +1,12 @@
-"""The three matrix products of the layer: all its work, 2 flops per token, hidden and vocabulary element each.
+"""The three matrix products of the layer: all its work, 2 flops per token, hidden and vocabulary element
+each.
 
-    logits = hidden @ weight.T          hidden gradient = logits gradient @ weight          weight gradient = its T @ hidden
+    logits             hidden @ weight.T
+    hidden gradient    logits gradient @ weight
+    weight gradient    logits gradient.T @ hidden
 
-In half precision a GPU multiplies half-precision operands and hands out float32 where it is kept (logits, weight
-gradient); a CPU has no such product, and upcasts the small operand instead.
+In half precision a GPU multiplies half-precision operands and hands out float32 where it is kept (logits,
+weight gradient); a CPU has no such product, and upcasts the small operand instead.
 """
 
 import torch
@@ -38,7 +41,7 @@ def add_weight_gradient_(
     gradient: Float32[Tensor, "tokens shard"],
     hidden: Float[Tensor, "tokens hidden"],
 ) -> Float[Tensor, "shard hidden"]:
-    """total <- total + gradient.T @ hidden, summed in the dtype of `total` (float32 but for a bf16 main gradient)."""
+    """total <- total + gradient.T @ hidden, in the dtype of `total`: float32 but for a bf16 main gradient."""
     if total.dtype == torch.float32 and hidden.device.type == "cpu":
         return total.addmm_(gradient.T, hidden.float())
     if total.dtype == torch.float32 and hidden.dtype != torch.float32:

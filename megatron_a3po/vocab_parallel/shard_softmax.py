@@ -1,16 +1,17 @@
 """The softmax over a vocabulary that is split over ranks, for one chunk of tokens.
 
-Each rank sees the columns of its shard. Four numbers per token say all the others need to know (with z the logits):
+Each rank sees the columns of its shard. Four numbers per token say all the others need to know (with z the
+logits):
 
-    m = max z      s = sum exp(z - m)      u = sum exp(z - m) (z - m)      target = z[label], 0 on the other shards
+    m = max z    s = sum exp(z - m)    u = sum exp(z - m) (z - m)    target = z[label], 0 on the other shards
 
 One all-gather exchanges them, and with M = max m, S = sum s exp(m - M), U = sum exp(m - M) (u + (m - M) s):
 
     logp = target - M - log S              entropy = log S - U / S
 
-The logits' buffer keeps exp(z - m) and, when the coefficient of each log-prob is known, becomes in place the logits'
-gradient: coefficient * (onehot - softmax). Columns that only pad the vocabulary are no part of the buffer. Statistics
-and buffer are float32 whatever the weights are. Next: `loss`, the sweep over chunks.
+The logits' buffer keeps exp(z - m) and, when the coefficient of each log-prob is known, becomes in place the
+logits' gradient: coefficient * (onehot - softmax). Columns that only pad the vocabulary are no part of the
+buffer. Statistics and buffer are float32 whatever the weights are. Next: `loss`, the sweep over chunks.
 """
 
 from dataclasses import dataclass
@@ -95,7 +96,8 @@ class ShardSoftmax:
 def _exponentiate_(logits: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor]:
     """logits <- exp(logits - max) in place; returns sum exp(z - m) and sum exp(z - m) (z - m) of each row.
 
-    The second sum needs both z - m and its exponential: a block of rows at a time, so that no second buffer exists.
+    The second sum needs both z - m and its exponential: a block of rows at a time, so that no second buffer
+    exists.
     """
     num_rows, num_columns = logits.shape
     block = max(1, BLOCK_BYTES // (4 * num_columns)) if logits.device.type == "cpu" else num_rows

@@ -1,7 +1,8 @@
-"""What the loss layer knows about each trained token besides its hidden state, and the objective that reads it.
+"""What the loss layer knows about each trained token besides its hidden state, and the objective that reads
+it.
 
-All fields are vectors over the trained tokens, in the order of the rows: already shifted to prediction positions,
-already checked on the host. Next: `policy_objective`, the objectives made of these fields.
+All fields are vectors over the trained tokens, in the order of the rows: already shifted to prediction
+positions, already checked on the host. Next: `policy_objective`, the objectives made of these fields.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,7 @@ class TokenFields:
         return type(self)(*values)
 
 
-# Log-probs [tokens] (requiring gradient) and the fields of the same tokens -> loss [tokens], loss_weights applied.
-# Called on a chunk of tokens at a time, it must treat each token on its own: the layer sums and differentiates it.
+# Log-probs [tokens] (requiring gradient) and the fields of the same tokens -> loss [tokens], loss_weights
+# applied. Called on a chunk of tokens at a time, it must treat each token on its own: the layer sums and
+# differentiates it.
 Objective = Callable[[Float[Tensor, "tokens"], TokenFields], Float[Tensor, "tokens"]]

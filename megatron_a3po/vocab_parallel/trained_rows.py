@@ -1,11 +1,11 @@
 """Which rows of the hidden states are trained: nothing else is projected onto the vocabulary.
 
-Without sequence parallelism every tensor-parallel rank holds all rows and picks the same ones; their hidden gradients
-are partial sums over the vocabulary shards, one all-reduce completes them. With it each rank holds a slice of the
-sequence with its own number of trained rows:
+Without sequence parallelism every tensor-parallel rank holds all rows and picks the same ones; their hidden
+gradients are partial sums over the vocabulary shards, one all-reduce completes them. With it each rank holds
+a slice of the sequence with its own number of trained rows:
 
-    forward    select local rows -> pad to the largest count -> one all-gather -> the valid ones, in sequence order
-    backward   scatter into the padded layout -> one reduce-scatter -> the first `counts[rank]` are this rank's
+    forward    select local rows -> pad to the largest count -> one all-gather -> the valid ones, in order
+    backward   scatter into the padded layout -> one reduce-scatter -> the first `counts[rank]` are local
 
 Counts and indices come from the packer as host numbers, so nothing here waits for the device. Next: `loss`.
 """
@@ -50,14 +50,14 @@ class RowSource(Protocol):
         ...
 
     def reduce(self, partial: Float[Tensor, "trained hidden"]) -> Float[Tensor, "local_trained hidden"]:
-        """Gradients of this rank's trained rows, complete, from every rank's partial sums; may reuse `partial`."""
+        """This rank's trained rows' complete gradients from every rank's partial sums; may reuse `partial`."""
         ...
 
 
 def row_source(
     hidden: Float[Tensor, "rows hidden"], rows: TrainedRows, group: Group, sequence_parallel: bool
 ) -> RowSource:
-    """The source for a layout; `hidden` is replicated over the group, or this rank's slice of the sequence."""
+    """The source for a layout: `hidden` is replicated over the group, or this rank's slice of the sequence."""
     if sequence_parallel and len(rows.counts) > 1:
         return _SlicedRows(hidden, rows, group)
     return _ReplicatedRows(hidden, rows, group)
