@@ -11,7 +11,6 @@ Row of a quantity nobody measured: sum 0, count 0, min +inf, max -inf, the neutr
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -31,7 +30,7 @@ class Statistics:
     table: Float64[Tensor, "names 4"]
 
     @classmethod
-    def empty(cls, names: Sequence[str], device: torch.device | str = "cpu") -> Self:
+    def empty(cls, names: Sequence[str], device: torch.device | str = "cpu") -> "Statistics":
         """Nothing measured yet, for each name."""
         table = torch.zeros(len(names), len(COLUMNS), dtype=torch.float64, device=device)
         table[:, 2], table[:, 3] = torch.inf, -torch.inf
@@ -40,11 +39,11 @@ class Statistics:
     @classmethod
     def of(
         cls, values: dict[str, Float[Tensor, "tokens"]], where: Bool[Tensor, "tokens"] | None = None
-    ) -> Self:
+    ) -> "Statistics":
         """Summaries of vectors, one per name, over the tokens of `where` (default: all)."""
         return cls(tuple(values), torch.stack([_summary(vector, where) for vector in values.values()]))
 
-    def aligned(self, names: Sequence[str]) -> Self:
+    def aligned(self, names: Sequence[str]) -> "Statistics":
         """The rows of `names` in that order, empty where nothing was measured; every measured name is kept."""
         if tuple(names) == self.names:
             return self
@@ -55,13 +54,13 @@ class Statistics:
         empty = Statistics.empty(("",), self.table.device).table[0]
         return type(self)(tuple(names), torch.stack([rows.get(name, empty) for name in names]))
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: "Statistics") -> "CLS":
         """The summaries of both together, over the union of their names."""
         names = tuple(dict.fromkeys(self.names + other.names))
         return self.merged(names, torch.stack([self.aligned(names).table, other.aligned(names).table]))
 
     @classmethod
-    def merged(cls, names: Sequence[str], tables: Float64[Tensor, "parts names 4"]) -> Self:
+    def merged(cls, names: Sequence[str], tables: Float64[Tensor, "parts names 4"]) -> "Statistics":
         """Many tables over the same names into one: the local half of the step's only collective."""
         total, lowest, highest = tables[..., :2].sum(0), tables[..., 2].amin(0), tables[..., 3].amax(0)
         return cls(tuple(names), torch.cat([total, lowest[:, None], highest[:, None]], dim=1))

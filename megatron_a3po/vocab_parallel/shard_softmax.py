@@ -15,7 +15,6 @@ buffer. Statistics and buffer are float32 whatever the weights are. Next: `loss`
 """
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float, Float32, Int
@@ -37,7 +36,7 @@ class VocabShard:
     size: int
 
     @classmethod
-    def of(cls, weight: Float[Tensor, "shard hidden"], vocab_size: int, group: Group) -> Self:
+    def of(cls, weight: Float[Tensor, "shard hidden"], vocab_size: int, group: Group) -> "VocabShard":
         """Equal shards of the padded vocabulary; what lies beyond vocab_size is padding."""
         start = group_rank(group) * weight.shape[0]
         return cls(start, min(max(vocab_size - start, 0), weight.shape[0]))

@@ -7,7 +7,6 @@ positions, already checked on the host. Next: `policy_objective`, the objectives
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -24,7 +23,7 @@ class TokenFields:
     loss_weights: Float[Tensor, "trained"]  # `algorithm.loss_mean`: 1, or 1 / |y_i|
     prox_logp: Float[Tensor, "trained"] | None = None  # recomputed anchor, where there is one
 
-    def slice(self, start: int, stop: int) -> Self:
+    def slice(self, start: int, stop: int) -> "TokenFields":
         """The fields of the tokens start..stop-1, as views."""
         values = (None if field is None else field[start:stop] for field in vars(self).values())
         return type(self)(*values)
