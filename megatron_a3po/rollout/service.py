@@ -1,0 +1,158 @@
+"""The rollout process's parts put together, and the calls that the trainer makes; `process.py` is the plumbing.
+
+The service owns the engine, the scorer, the producer of batches and the held-out prompts. Its public coroutines are
+what `client.RolloutClient` calls by name.
+"""
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from megatron_a3po.config import Config, read_model_shape
+from megatron_a3po.rollout.buffer import Buffer
+from megatron_a3po.rollout.continuous import ContinuousProducer
+from megatron_a3po.rollout.engines.base import RolloutEngine, SampleRequest
+from megatron_a3po.rollout.engines.local import LocalEngine
+from megatron_a3po.rollout.evaluation import evaluate
+from megatron_a3po.rollout.fixed_staleness import FixedStaleness
+from megatron_a3po.rollout.messages import Start
+from megatron_a3po.rollout.producer import Producer
+from megatron_a3po.rollout.prompts import Prompt, PromptStream, read_examples, tokenize
+from megatron_a3po.rollout.rewards.scorer import Scorer
+from megatron_a3po.rollout.sampler import GroupSampler, trajectory_of
+from megatron_a3po.rollout.staleness_gate import StalenessGate
+from megatron_a3po.rollout.statistics import RolloutCounters
+from megatron_a3po.rollout.trajectory import Evaluation, Group, RolloutBatch, Trajectory
+from megatron_a3po.rollout.waves import WaveProducer
+
+logger = logging.getLogger(__name__)
+
+
+class RolloutService:
+    """Create it inside the event loop, then keep `run` running."""
+
+    def __init__(self, start: Start) -> None:
+        config, rollout = start.config, start.config.rollout
+        self._config = config
+        self._tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True)
+        self._prompts = PromptStream(self._read_prompts(config.data.train), config.trainer.seed)
+        self._held_out = [] if config.data.held_out is None else self._read_prompts(config.data.held_out)
+        self._engine = create_engine(config, start.weights_dir, start.first_version)
+        assert config.reward is not None
+        self._scorer = Scorer(config.reward)
+        self._counters = RolloutCounters()
+        sampler = GroupSampler(
+            self._engine,
+            self._scorer,
+            self._tokenizer,
+            self._counters,
+            samples_per_prompt=rollout.samples_per_prompt,
+            max_response_tokens=rollout.max_response_tokens,
+            temperature=rollout.temperature,
+        )
+        self._producer = create_producer(config, sampler, self._prompts, start.first_version)
+        if start.state is not None:
+            self._producer.restore(start.state["producer"], start.first_version)
+            self._counters.restore(start.state["counters"])
+        self._evaluating = asyncio.Lock()
+        self._updated = asyncio.Condition()
+        self._batch_time = time.monotonic()
+        self._num_batches = 0
+        self._last_batch: tuple[int, list[Group]] = (0, [])
+
+    async def run(self) -> None:
+        """Generate until cancelled."""
+        await self._scorer.start()
+        await self._producer.run()
+
+    async def engine_failed(self) -> None:
+        await self._engine.failed()
+
+    async def close(self) -> None:
+        await self._engine.close()
+        await self._scorer.close()
+
+    # What the trainer calls.
+
+    async def publish(self, version: int, directory: Path) -> None:
+        await self._producer.publish(version, directory)
+        async with self._updated:
+            self._updated.notify_all()
+
+    async def next_batch(self, version: int) -> RolloutBatch:
+        groups = await self._producer.take(version)
+        since, self._batch_time = self._batch_time, time.monotonic()
+        num_tokens = self._engine.sampled_between(since, self._batch_time)
+        statistics = self._counters.take()
+        statistics["rollout/tokens_per_s"] = num_tokens / (self._batch_time - since)
+        self._num_batches += 1
+        self._last_batch = (version, groups)
+        return RolloutBatch(groups, statistics)
+
+    async def state(self, num_received: int) -> dict[str, Any]:
+        """`num_received` batches have reached the trainer; one more may be on its way, and belongs to the state."""
+        producer_state = await self._producer.state()
+        if self._num_batches > num_received:
+            version, groups = self._last_batch
+            self._producer.put_back(producer_state, groups, version)
+        return {"producer": producer_state, "counters": self._counters.state()}
+
+    async def evaluate(self, version: int, limit: int | None) -> Evaluation:
+        """One at a time: the engine keeps one set of weights for evaluation."""
+        async with self._evaluating:
+            await self._wait_for_version(version)
+            return await evaluate(
+                self._engine,
+                self._scorer,
+                self._tokenizer,
+                self._held_out[:limit],
+                max_response_tokens=self._config.rollout.max_response_tokens,
+                temperature=self._config.rollout.temperature,
+            )
+
+    async def probe(self, version: int, prompt_index: int) -> Trajectory:
+        """A greedy response whose tokens are all of one version, `version` or the newest."""
+        async with self._evaluating:
+            await self._wait_for_version(version)
+            prompt = self._prompts.at(prompt_index)
+            length, temperature = self._config.rollout.max_response_tokens, self._config.rollout.temperature
+            request = SampleRequest(prompt_index, 0, prompt.tokens, length, temperature, greedy=True)
+            (sample,) = await self._engine.generate([request])
+            return trajectory_of(prompt, 0, sample, reward=None)
+
+    async def sampled_between(self, start: float, end: float) -> int:
+        return self._engine.sampled_between(start, end)
+
+    async def _wait_for_version(self, version: int) -> None:
+        async with self._updated:
+            await self._updated.wait_for(lambda: self._engine.version >= version)
+
+    def _read_prompts(self, path: str) -> list[Prompt]:
+        return tokenize(read_examples(path), self._tokenizer, self._config.data.max_prompt_tokens)
+
+
+def create_engine(config: Config, weights_dir: Path, version: int) -> RolloutEngine:
+    """The engine `rollout.engine` names; so far there is one."""
+    on_gpu = torch.cuda.is_available()
+    return LocalEngine(
+        weights_dir,
+        version=version,
+        eos_token_ids=read_model_shape(config.model.hf_path).eos_token_ids,
+        seed=config.trainer.seed,
+        max_concurrent_samples=config.rollout.max_concurrent_samples,
+        dtype=torch.bfloat16 if on_gpu and config.actor.bf16 else torch.float32,
+    )
+
+
+def create_producer(config: Config, sampler: GroupSampler, prompts: PromptStream, version: int) -> Producer:
+    rollout, groups_per_step = config.rollout, config.trainer.prompts_per_step
+    if rollout.fixed_staleness is not None:
+        return WaveProducer(sampler, prompts, FixedStaleness(rollout.fixed_staleness, groups_per_step))
+    gate = StalenessGate(rollout.bound, groups_per_step, consumed=version * groups_per_step)
+    buffer = Buffer(rollout.policy, rollout.bound, groups_per_step)
+    return ContinuousProducer(sampler, prompts, gate, buffer, drops_no_signal=rollout.drops_no_signal)
