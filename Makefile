@@ -47,7 +47,7 @@ $(VENV_NEWEST)/.installed: $(INSTALL_INPUTS)
 	@touch $@
 
 check: $(VENV)/.installed ## format, lint, types, layers, shell scripts; seconds
-	@PATH="$(CURDIR)/$(BIN):$$PATH" tools/check.sh
+	@PATH="$(abspath $(BIN)):$$PATH" tools/check.sh
 
 format: $(VENV)/.installed ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix-only --quiet .
