@@ -7,11 +7,13 @@ nothing, because processes that a library spawns import it again.
 
 import argparse
 import importlib
+import logging
 import sys
-import traceback
 from collections.abc import Sequence
 
 from megatron_a3po.errors import EXIT_INTERRUPTED, EXIT_NEEDS_PERSON, A3POError, ConfigError, InputError
+
+PACKAGE = "megatron_a3po"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,13 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(error.problems)
         return error.exit_code
     except A3POError as error:
-        _say([f"{arguments.command}: {problem}" for problem in error.problems])
+        for problem in error.problems:
+            logging.getLogger(PACKAGE).error("%s", problem)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception:
         # The process boundary: Python would answer 1, which here means that two checkpoints differ.
-        traceback.print_exc()
+        logging.getLogger(PACKAGE).exception("%s ended by an error of its own", arguments.command)
         return EXIT_NEEDS_PERSON
 
 

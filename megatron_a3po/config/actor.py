@@ -3,11 +3,16 @@
 Keys that Megatron-Core has a name for keep that name. Which combinations are refused is in `checks.py`.
 """
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron_a3po.config.section import Section
+
+
+def _off_is_text(value: Any) -> Any:
+    """YAML reads an unquoted `off` as false; where `off` is a choice it is meant."""
+    return "off" if value is False else value
 
 
 class ActorSection(Section):
@@ -132,7 +137,9 @@ class ActorSection(Section):
     dual_clip: float | None = Field(default=None, gt=1)
     """For negative advantages, the largest importance weight that still counts."""
 
-    behave_weight: Literal["clamp", "mask", "off", "off_at_any_staleness"] = "clamp"
+    behave_weight: Annotated[
+        Literal["clamp", "mask", "off", "off_at_any_staleness"], BeforeValidator(_off_is_text)
+    ] = "clamp"
     """The off-policy weight pi_prox / pi_behave: limited to its cap (`clamp`), tokens over the cap left out
     of the
     loss (`mask`), not applied (`off`), not applied although samples are stale (`off_at_any_staleness`)."""

@@ -22,12 +22,12 @@ def _objective(config: Config) -> Iterator[str]:
     if not actor.use_decoupled_loss:
         if bound > 0:
             yield (
-                f"actor.use_decoupled_loss is false at a staleness bound of {bound}: the clip is anchored "
-                "at the behaviour policy, and stale tokens have no other correction."
+                f"actor.use_decoupled_loss is false at a staleness bound of {bound}: the clip around the "
+                "behaviour policy is the only correction stale tokens get."
             )
         return
     limit = 1 + 1 / actor.eps_high
-    if actor.prox_logp_method == "linear" and bound > limit:
+    if actor.prox_logp_method == "linear" and bound >= limit - 1e-9:
         yield (
             "the linear anchor bounds the importance weight by d / (d - 1), so that tokens of staleness "
             f"{limit:g} or more are never clipped from above; the bound here is {bound}: loglinear has no "

@@ -24,15 +24,15 @@ def dotted_keys(root: type[Section], prefix: str = "") -> Iterator[str]:
 
 
 def closest_key(unknown: str, root: type[Section]) -> str | None:
-    """What `unknown` was probably meant to be: a near name in its own section, then the same name in another
+    """What `unknown` was probably meant to be: the same name in another section, then a near name in its own
     section, then a near name anywhere."""
     known = list(dict.fromkeys(dotted_keys(root)))
     section, _, name = unknown.rpartition(".")
+    if same := [key for key in known if key.rpartition(".")[2] == name]:
+        return same[0]
     siblings = [key for key in known if key.rpartition(".")[0] == section]
     if near := difflib.get_close_matches(unknown, siblings, n=1, cutoff=_cutoff(section, name)):
         return near[0]
-    if same := [key for key in known if key.rpartition(".")[2] == name]:
-        return same[0]
     names = {key.rpartition(".")[2]: key for key in reversed(known)}
     if near := difflib.get_close_matches(name, names, n=1, cutoff=0.75):
         return names[near[0]]

@@ -9,14 +9,16 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from megatron_a3po.environment import read_launch
 from megatron_a3po.errors import EXIT_DONE
 
 MISSING = "not installed"
+NVIDIA_APEX_PARTS = ("optimizers", "multi_tensor_apply")
 SUPPORTED_MEGATRON = ((0, 16, 1), (0, 20))
 
 
@@ -121,12 +123,15 @@ def installed(distribution: str) -> str | None:
         return None
 
 
-def has_nvidia_apex(find: Callable[[str], object] = importlib.util.find_spec) -> bool:
-    """Whether `apex` is NVIDIA's: PyPI's package of that name is something else and has no optimizers."""
-    try:
-        return find("apex") is not None and find("apex.optimizers") is not None
-    except (ImportError, ValueError):
-        return False
+def has_nvidia_apex(folders: Sequence[str] | None = None) -> bool:
+    """Whether `apex` is NVIDIA's: the package of that name on PyPI is something else and has no optimizers.
+
+    Looks into the package's folders without importing it, for the other one fails on import.
+    """
+    if folders is None:
+        spec = importlib.util.find_spec("apex")
+        folders = (spec and spec.submodule_search_locations) or ()
+    return any((Path(folder) / part).is_dir() for folder in folders for part in NVIDIA_APEX_PARTS)
 
 
 def _apex(machine: Machine) -> str:

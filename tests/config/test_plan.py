@@ -1,0 +1,107 @@
+"""The lines said at start, against numbers worked out by hand."""
+
+import itertools
+
+import pytest
+
+from megatron_a3po.config import read_model_shape
+from megatron_a3po.config.cautions import cautions
+from megatron_a3po.config.plan import expected_forwards, padded_vocab_size, plan_lines, rank_coordinates
+
+
+def plan(config, data_parallel_size: int = 1) -> str:
+    return "\n".join(plan_lines(config, read_model_shape(config.model.hf_path), data_parallel_size))
+
+
+def test_grid(load):
+    config = load("actor.tensor_model_parallel_size=2", "actor.pipeline_model_parallel_size=2")
+    text = plan(config, 2)
+    assert "8 ranks = data 2 x pipeline 2 x tensor 2" in text
+    assert "dp 0: pp 0: ranks 0-1, pp 1: ranks 4-5" in text
+    assert "dp 1: pp 0: ranks 2-3, pp 1: ranks 6-7" in text
+    places = [rank_coordinates(config, rank, 2) for rank in range(8)]
+    assert sorted(places) == list(itertools.product(range(2), repeat=3))
+    assert places[5] == (0, 1, 1)
+
+
+def test_batch_arithmetic(load):
+    text = plan(load("actor.num_mini_batches=4"))
+    assert "8 prompts x 8 samples = 64 trajectories" in text
+    assert (
+        "in 4 mini-batches of 16 and so 4 optimizer steps; 10 training steps make 40 optimizer steps" in text
+    )
+    assert "at most 16384 tokens" in text
+    assert "at most 48 tokens, 32 of them trained" in text
+
+
+def test_padded_vocabulary(load):
+    config = load("actor.tensor_model_parallel_size=2", "actor.make_vocab_size_divisible_by=8")
+    assert padded_vocab_size(config, read_model_shape(config.model.hf_path)) == 32
+    assert "vocabulary 30 padded to 32, 16 on each tensor rank" in plan(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "forwards", "sentence"),
+    [
+        (["actor.use_decoupled_loss=false", "actor.num_mini_batches=4"], 1.0, "around the behaviour policy"),
+        (["actor.prox_logp_method=loglinear", "actor.num_mini_batches=4"], 1.0, "interpolated"),
+        (["actor.prox_logp_method=linear"], 1.0, "interpolated"),
+        ([], 1.0, "its own log-probs are the proximal policy's"),
+        (["actor.num_mini_batches=4"], 1.75, "2 to 4, whose proximal log-probs are recomputed"),
+        (["actor.prox_logp_method=metrics", "actor.num_mini_batches=2"], 1.5, "recomputed"),
+        (["actor.recompute_every_token=true", "actor.num_mini_batches=4"], 2.0, "recompute_every_token"),
+    ],
+)
+def test_forwards(load, overrides: list[str], forwards: float, sentence: str):
+    config = load(*overrides)
+    assert expected_forwards(config) == forwards
+    assert f"forwards   {forwards:g} for each token" in plan(config)
+    assert sentence in plan(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["actor.prox_logp_method=linear"], "anchor     A-3PO's, interpolated in probabilities"),
+        (["actor.eps_high=0.28", "actor.dual_clip=3"], "[0.8, 1.28], dual clip at 3"),
+        (["actor.behave_weight_cap=2"], "weight     pi_prox / pi_behave, at most 2"),
+        (["actor.use_decoupled_loss=false"], "weight     1 (coupled loss)"),
+        (["rollout.max_staleness=4"], "at most 4, policy wait"),
+        (["rollout.fixed_staleness=4"], "exactly 4 versions old"),
+        (["warm_start.steps=20"], "20 supervised steps of 64 examples"),
+    ],
+)
+def test_method_and_samples(load, overrides: list[str], sentence: str):
+    assert sentence in plan(load(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragment"),
+    [
+        (["actor.prox_logp_method=linear", "rollout.max_staleness=6"], "never clipped from above"),
+        (["actor.use_decoupled_loss=false"], "actor.use_decoupled_loss is false at a staleness bound of 1"),
+        ([], "with one mini-batch never clips"),
+        (["actor.prox_logp_method=metrics"], "with one mini-batch never clips"),
+        (["rollout.staleness_policy=train"], "is soft"),
+        (["actor.behave_weight=off_at_any_staleness"], "uncorrected"),
+        (["rollout.fixed_staleness=1"], "same composition"),
+    ],
+)
+def test_cautions(load, overrides: list[str], fragment: str):
+    config = load(*overrides)
+    assert any(fragment in sentence for sentence in cautions(config))
+    assert fragment in plan(config)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["actor.prox_logp_method=linear", "rollout.max_staleness=5"],
+        ["actor.prox_logp_method=loglinear", "rollout.max_staleness=60"],
+        ["actor.use_decoupled_loss=false", "rollout.max_staleness=0"],
+        ["actor.num_mini_batches=2"],
+    ],
+)
+def test_nothing_to_be_cautious_about(load, overrides: list[str]):
+    config = load(*overrides)
+    assert cautions(config, read_model_shape(config.model.hf_path)) == []
