@@ -2,8 +2,6 @@ import json
 import time
 from pathlib import Path
 
-import pytest
-
 from megatron_a3po.config import load_config
 from megatron_a3po.rollout.client import RolloutClient
 
