@@ -151,11 +151,12 @@ class _OneSweep(torch.autograd.Function):
         ctx.weight, ctx.local, ctx.hidden_shape, ctx.spent = weight, rows.local, hidden.shape, False
         outputs = losses.sum(), logp, entropy, _first_nonfinite(losses, logp, derivative)
         ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError("the loss layer's gradients were handed out already: one backward per forward")
         ctx.spent = True

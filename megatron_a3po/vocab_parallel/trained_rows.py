@@ -11,7 +11,7 @@ Counts and indices come from the packer as host numbers, so nothing here waits f
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -42,6 +42,7 @@ class TrainedRows:
         return sum(self.counts)
 
 
+@runtime_checkable
 class RowSource(Protocol):
     """Hands out trained hidden states chunk by chunk and takes the sum of their gradients back."""
 

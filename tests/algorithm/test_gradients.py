@@ -80,7 +80,7 @@ def test_the_real_gradient_is_the_frozen_one_and_not_the_attached_one(method: st
     assert clipped.tolist() == CLIPPED
     assert real[clipped].tolist() == [0, 0]  # a clipped token is silent
     assert (attached[clipped].abs() > 0.05).all()  # with an attached anchor its weight would pull
-    # Unclipped the loglinear attached gradient happens to be right: w r = x either way. With a capped weight it is not.
+    # Unclipped, w r = x whatever the anchor: there the next test tells the two apart, without the weight.
     torch.testing.assert_close(attached[~clipped], real[~clipped])
 
 
