@@ -4,7 +4,8 @@ It knows mini-batches of aligned sequences and objectives; what a step is, where
 when, the trainer decides.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from megatron_a3po.weights.hugging_face import write_hugging_face
 from megatron_a3po.weights.operations import Layout
 from megatron_a3po.weights.shards import full_tensors, load_shards
 from megatron_a3po.weights.sources import RandomSource, SafetensorsSource, tensor_shapes
+
+Timed = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,19 @@ class Actor:
             sequence_parallel=self.config.sequence_parallel,
         )
 
-    def update(self, packs: list[MicroBatch], objective: Objective) -> Update:
+    def update(
+        self, packs: list[MicroBatch], objective: Objective, clock: Timed = lambda part: nullcontext()
+    ) -> Update:
         """One optimizer step on one mini-batch: forward, backward, and the update on all ranks or on none."""
         assert self.optimizer is not None, "start_stage comes first"
-        self.optimizer.zero_grad()
-        outputs = self.pipeline.train(packs, objective)
-        loss_sum = torch.zeros((), device=self.grid.device)
-        for output in outputs:
-            loss_sum = loss_sum + output.loss.detach()
-        applied, grad_norm = self.optimizer.step(loss_sum)
+        with clock("forward_backward"):
+            self.optimizer.zero_grad()
+            outputs = self.pipeline.train(packs, objective)
+            loss_sum = torch.zeros((), device=self.grid.device)
+            for output in outputs:
+                loss_sum = loss_sum + output.loss
+        with clock("optimizer"):
+            applied, grad_norm = self.optimizer.step(loss_sum)
         return Update(outputs, loss_sum, sum(p.denominator for p in packs), grad_norm, applied)
 
     def score(self, packs: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:

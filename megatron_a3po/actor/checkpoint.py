@@ -1,0 +1,139 @@
+"""Distributed checkpoints of model, optimizer and schedule through Megatron-Core's dist_checkpointing.
+
+Saved fully reshardable: another TP/PP/DP layout loads it, no flag to set before saving. What the trainer itself must
+remember lies beside it and is the trainer's business (`trainer/recovery.py`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_a3po.actor.actor import Actor
+from megatron_a3po.actor.optimizer import Optimizer
+
+# Given to model and optimizer alike. Source: megatron.training.checkpointing._build_sharded_state_dict_metadata.
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+
+
+def save(actor: Actor, directory: Path) -> None:
+    """Write this rank's shards into `directory`, which exists and is empty. Collective over all ranks."""
+    for optimizer in _distributed_optimizers(_optimizer(actor)):
+        _ensure_moments(optimizer)
+    with _writer_results_from_a_fork():
+        dist_checkpointing.save(_sharded_state(actor, is_loading=False), str(directory))
+
+
+def load(actor: Actor, directory: Path) -> None:
+    """Weights, moments and schedule from `directory`, whatever layout wrote it. Collective over all ranks."""
+    optimizers = list(_distributed_optimizers(_optimizer(actor)))
+    for optimizer in optimizers:
+        _ensure_moments(optimizer)
+    with _torch_adam_step_is_carried(optimizers):
+        state = dist_checkpointing.load(_sharded_state(actor, is_loading=True), str(directory))
+        for number, chunk in enumerate(actor.model):
+            chunk.load_state_dict(state[_model_key(actor, number)])
+        _optimizer(actor).megatron.load_state_dict(state["optimizer"])
+    for optimizer in optimizers:
+        _give_each_parameter_its_own_step(optimizer.optimizer)
+    _optimizer(actor).scheduler.load_state_dict(state["scheduler"])
+
+
+def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
+    optimizer = _optimizer(actor)
+    state: dict[str, Any] = {
+        _model_key(actor, number): chunk.sharded_state_dict(metadata=dict(_METADATA))
+        for number, chunk in enumerate(actor.model)
+    }
+    state["optimizer"] = optimizer.megatron.sharded_state_dict(
+        state, is_loading=is_loading, metadata=dict(_METADATA)
+    )
+    state["scheduler"] = optimizer.scheduler.state_dict()
+    return state
+
+
+def _optimizer(actor: Actor) -> Optimizer:
+    assert actor.optimizer is not None, "a checkpoint belongs to a training stage"
+    return actor.optimizer
+
+
+def _model_key(actor: Actor, number: int) -> str:
+    return "model" if len(actor.model) == 1 else f"model{number}"
+
+
+def _distributed_optimizers(optimizer: Optimizer) -> Iterator[DistributedOptimizer]:
+    for one in getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron]):
+        assert isinstance(one, DistributedOptimizer)
+        if not one.is_stub_optimizer:
+            yield one
+
+
+def _ensure_moments(optimizer: DistributedOptimizer) -> None:
+    """Moments of an optimizer that has not stepped yet: zeros. Saving and loading both expect them to be there."""
+    inner = optimizer.optimizer
+    if inner.state:
+        return
+    if not isinstance(inner, torch.optim.Adam):
+        optimizer._init_optimizer_states_with_dummy_values()
+        return
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            inner.state[parameter] = {"step": torch.zeros(()), **moments}
+
+
+# Two mends for torch's Adam, which Megatron-Core uses where neither Transformer Engine nor NVIDIA Apex is installed.
+
+
+@contextmanager
+def _torch_adam_step_is_carried(optimizers: list[DistributedOptimizer]) -> Iterator[None]:
+    """Megatron-Core copies a parameter's tensors by the keys of its state, but leaves Adam's `step` out of the source."""
+
+    def carrying(optimizer: DistributedOptimizer) -> Any:
+        original = optimizer._set_main_param_and_optimizer_states
+
+        def set_states(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+            group, order = optimizer.model_param_group_index_map[model_param]
+            main_param = optimizer.optimizer.param_groups[group]["params"][order]
+            own = optimizer.optimizer.state[main_param]
+            original(model_param, tensors if "step" not in own else {"step": own["step"], **tensors})
+
+        return set_states
+
+    for optimizer in optimizers:
+        optimizer._set_main_param_and_optimizer_states = carrying(optimizer)
+    try:
+        yield
+    finally:
+        for optimizer in optimizers:
+            del optimizer._set_main_param_and_optimizer_states
+
+
+def _give_each_parameter_its_own_step(optimizer: torch.optim.Optimizer) -> None:
+    """After loading all share one `step` tensor, which then counts once per parameter: nothing fails, weights go wrong."""
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+
+
+@contextmanager
+def _writer_results_from_a_fork() -> Iterator[None]:
+    """The writer's results queue from a forked manager: a spawned one imports `__main__` again on every rank (16 s)."""
+    manager = multiprocessing.get_context("fork").Manager()
+    filesystem_async._results_queue = manager.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = None
+        manager.shutdown()

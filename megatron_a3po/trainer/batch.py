@@ -1,0 +1,200 @@
+"""From groups to what the loss meets: advantages, one alignment, mini-batches. And the files a batch is kept in.
+
+All checks on a batch's numbers are here, on the host, before the step: a trained token without a version, from the
+future, or with a log-prob, reward or advantage that is not finite names its trajectory and stops the run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_a3po.actor.packing import AlignedSequence
+from megatron_a3po.algorithm.advantages import group_advantages
+from megatron_a3po.algorithm.alignment import shift_to_predictions
+from megatron_a3po.algorithm.loss_mean import denominator, loss_weights
+from megatron_a3po.algorithm.staleness import NOT_GENERATED, trained_staleness
+from megatron_a3po.config.actor import ActorSection
+from megatron_a3po.config.rollout import RolloutSection
+from megatron_a3po.errors import InputError, TrainingError
+from megatron_a3po.rollout.trajectory import Group, Trajectory
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one training step consumes: its groups and the version it begins with."""
+
+    groups: Sequence[Group]
+    version: int
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        return [trajectory for group in self.groups for trajectory in group.trajectories]
+
+
+def align(batch: Batch, actor: ActorSection, rollout: RolloutSection) -> list[list[AlignedSequence]]:
+    """The mini-batches of a step, cut in batch order; groups stay whole, sequences without a trained token go.
+
+    Errors: TrainingError names the trajectory and the position of a number that must not be trained on.
+    """
+    rewards = np.array(
+        [[_reward(trajectory) for trajectory in group.trajectories] for group in batch.groups],
+        dtype=np.float64,
+    )
+    advantages = group_advantages(rewards, actor.advantage)
+    per_mini_batch = len(batch.groups) // actor.num_mini_batches
+    mini_batches = []
+    for first in range(0, len(batch.groups), per_mini_batch):
+        sequences = [
+            _align_one(trajectory, float(advantage), batch.version, actor, rollout)
+            for group, row in zip(
+                batch.groups[first : first + per_mini_batch],
+                advantages[first : first + per_mini_batch],
+                strict=True,
+            )
+            for trajectory, advantage in zip(group.trajectories, row, strict=True)
+            if not (rollout.mask_truncated and trajectory.finish_reason == "length")
+        ]
+        mini_batches.append(sequences)
+    return mini_batches
+
+
+def supervised_sequence(name: str, prompt: np.ndarray, response: np.ndarray) -> AlignedSequence:
+    """A demonstration for the warm start: every response token is trained, none has a behaviour."""
+    tokens = np.concatenate([prompt, response]).astype(np.int32)
+    trained = np.arange(len(tokens)) >= len(prompt)
+    zeros = np.zeros(len(tokens), np.float32)
+    return AlignedSequence(
+        name=name,
+        tokens=tokens,
+        labels=shift_to_predictions(tokens, 0),
+        loss_mask=shift_to_predictions(trained, False),
+        staleness=np.zeros(len(tokens), np.int32),
+        behave_logp=zeros,
+        advantages=zeros,
+        loss_weights=zeros + 1,
+        denominator=len(response),
+    )
+
+
+def _reward(trajectory: Trajectory) -> float:
+    if trajectory.reward is None or not np.isfinite(trajectory.reward):
+        raise TrainingError(
+            f"{trajectory.name}: the reward is {trajectory.reward}; the reward must return a number"
+        )
+    return trajectory.reward
+
+
+def _align_one(
+    trajectory: Trajectory, advantage: float, version: int, actor: ActorSection, rollout: RolloutSection
+) -> AlignedSequence:
+    response = slice(trajectory.prompt_length, None)
+    try:
+        stale = trained_staleness(trajectory.versions[response], version, trajectory.name)
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
+    if not (finite := np.isfinite(trajectory.behave_logp[response])).all():
+        position = trajectory.prompt_length + int(np.argmin(finite))
+        raise TrainingError(
+            f"{trajectory.name}: the behaviour log-prob of token {position} is "
+            f"{trajectory.behave_logp[position]}; the engine must report finite log-probs"
+        )
+    lengths = np.array([trajectory.response_length])
+    full = _over_prompt(trajectory, np.float32)
+    return AlignedSequence(
+        name=trajectory.name,
+        tokens=trajectory.tokens,
+        labels=shift_to_predictions(trajectory.tokens, 0),
+        loss_mask=shift_to_predictions(trajectory.versions != NOT_GENERATED, False),
+        staleness=shift_to_predictions(_over_prompt(trajectory, np.int32, stale), 0),
+        behave_logp=shift_to_predictions(trajectory.behave_logp, 0.0),
+        advantages=np.full_like(full, advantage),
+        loss_weights=shift_to_predictions(
+            _over_prompt(trajectory, np.float32, loss_weights(lengths, actor.loss_mean)), 0.0
+        ),
+        denominator=denominator(lengths, actor.loss_mean, rollout.max_response_tokens),
+    )
+
+
+def _over_prompt(trajectory: Trajectory, dtype: type, response: np.ndarray | None = None) -> np.ndarray:
+    """A field of the whole trajectory: zeros on the prompt, `response` after it."""
+    field = np.zeros(len(trajectory.tokens), dtype)
+    if response is not None:
+        field[trajectory.prompt_length :] = response
+    return field
+
+
+# Batches on disk: one .npz a step, arrays and plain strings only, so that loading one runs no code.
+
+
+def save_batch(path: Path, batch: Batch) -> None:
+    """Keep a batch for replay. Written aside and renamed."""
+    trajectories = batch.trajectories
+    arrays: dict[str, Any] = {
+        "current_version": np.int64(batch.version),
+        "group_sizes": np.array([len(group.trajectories) for group in batch.groups], np.int64),
+        "group_prompt_index": np.array([group.prompt_index for group in batch.groups], np.int64),
+        "group_prompt": np.array([group.prompt for group in batch.groups]),
+        "group_answer": np.array([group.answer for group in batch.groups]),
+        "lengths": np.array([len(t.tokens) for t in trajectories], np.int64),
+        "prompt_lengths": np.array([t.prompt_length for t in trajectories], np.int64),
+        "sample": np.array([t.sample for t in trajectories], np.int64),
+        "reward": np.array([np.nan if t.reward is None else t.reward for t in trajectories], np.float64),
+        "finish_reason": np.array([t.finish_reason for t in trajectories]),
+    }
+    for name in ("tokens", "versions", "behave_logp"):
+        arrays[name] = np.concatenate([getattr(t, name) for t in trajectories])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    with aside.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    aside.rename(path)
+
+
+def load_batch(path: Path) -> Batch:
+    """A batch that `save_batch` kept. Errors: InputError names the file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        return _batch_of(arrays)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path} is no batch of this program ({error}); write it with trainer.dump_batches"
+        ) from None
+
+
+def _batch_of(arrays: dict[str, np.ndarray]) -> Batch:
+    bounds = np.cumsum(arrays["lengths"])[:-1]
+    fields = {name: np.split(arrays[name], bounds) for name in ("tokens", "versions", "behave_logp")}
+    groups, first = [], 0
+    for number, size in enumerate(arrays["group_sizes"]):
+        prompt_index = int(arrays["group_prompt_index"][number])
+        trajectories = tuple(
+            Trajectory(
+                prompt_index=prompt_index,
+                sample=int(arrays["sample"][i]),
+                tokens=fields["tokens"][i],
+                prompt_length=int(arrays["prompt_lengths"][i]),
+                versions=fields["versions"][i],
+                behave_logp=fields["behave_logp"][i],
+                finish_reason=str(arrays["finish_reason"][i]),  # pyright: ignore[reportArgumentType]
+                reward=float(arrays["reward"][i]),
+            )
+            for i in range(first, first + int(size))
+        )
+        groups.append(
+            Group(
+                prompt_index,
+                str(arrays["group_prompt"][number]),
+                str(arrays["group_answer"][number]),
+                trajectories,
+            )
+        )
+        first += int(size)
+    return Batch(groups, int(arrays["current_version"]))
+
+
+def batch_path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:06d}.npz"

@@ -1,0 +1,28 @@
+"""Where a step's time goes: named parts, in seconds of this process."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Clock:
+    """Adds up the seconds of named parts, and remembers when a part last ran."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.intervals: dict[str, list[tuple[float, float]]] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            end = time.monotonic()
+            self.seconds[part] = self.seconds.get(part, 0.0) + end - start
+            self.intervals.setdefault(part, []).append((start, end))
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last call, by part; the clock starts again from nothing."""
+        seconds, self.seconds, self.intervals = self.seconds, {}, {}
+        return seconds

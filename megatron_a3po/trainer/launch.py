@@ -1,0 +1,130 @@
+"""Start the ranks: under torchrun or srun this process is one; by itself it forks them all on this machine.
+
+The parent imports everything once and forks, so that starting a rank costs nothing; it never touches a device, a
+process group or a thread pool itself.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from megatron_a3po.config import Config
+from megatron_a3po.config.checks import data_parallel_size
+from megatron_a3po.environment import Launch, set_default
+from megatron_a3po.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_NEEDS_PERSON
+from megatron_a3po.trainer import recovery
+from megatron_a3po.trainer.summary import closing_lines, read_summary
+
+GRACE_S = 10.0
+
+
+def launch(config: Config, launched: Launch, *, resume: str) -> int:
+    """Run the training; the exit code of the whole."""
+    set_default("OMP_NUM_THREADS", "1")
+    if launched.launcher == "self":
+        return _launch_here(config, resume)
+    from megatron_a3po.trainer.worker import Place, run_rank
+
+    assert launched.world_size is not None
+    address = f"tcp://{launched.master_address}:{launched.master_port}"
+    if launched.launcher == "torchrun":
+        address = "env://"
+    place = Place(launched.rank, launched.world_size, launched.local_rank, address)
+    return run_rank(config, place, None, resume)
+
+
+def _launch_here(config: Config, resume: str) -> int:
+    beginning = recovery.begin(config, resume)
+    if beginning.kind == "finished":
+        sys.stdout.write("\n".join(closing_lines(read_summary(Path(config.run_dir)))) + "\n")
+        return EXIT_DONE
+    from megatron_a3po.trainer.worker import Place, run_rank
+
+    actor = config.actor
+    world_size = (
+        data_parallel_size(config, None)
+        * actor.tensor_model_parallel_size
+        * actor.pipeline_model_parallel_size
+    )
+    with tempfile.TemporaryDirectory(prefix="a3po-") as directory:
+        rendezvous = f"file://{directory}/rendezvous"
+
+        def rank_main(rank: int) -> None:
+            _die_with_parent()
+            os._exit(_flushed(run_rank(config, Place(rank, world_size, rank, rendezvous), beginning, resume)))
+
+        context = multiprocessing.get_context("fork")
+        ranks = [
+            context.Process(target=rank_main, args=(rank,), name=f"rank-{rank}") for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        return _watch(ranks, Path(config.run_dir))
+
+
+def _watch(ranks: list[BaseProcess], run_dir: Path) -> int:
+    """Wait for the ranks; pass signals on; once one has failed, end the others by their ids."""
+    interrupts = 0
+
+    def ask_to_stop(number: int, frame: Any) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if ranks[0].pid and interrupts < 2:
+            os.kill(ranks[0].pid, signal.SIGUSR1)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, ask_to_stop)
+    while any(process.is_alive() for process in ranks):
+        if interrupts > 1:
+            _end(ranks, grace_s=0)
+            return EXIT_INTERRUPTED
+        failed = next((process for process in ranks if process.exitcode), None)
+        if failed is not None:
+            _end(ranks)
+            return _code_of(ranks, failed, run_dir)
+        time.sleep(0.05)
+    failed = next((process for process in ranks if process.exitcode), None)
+    return EXIT_DONE if failed is None else _code_of(ranks, failed, run_dir)
+
+
+def _code_of(ranks: list[BaseProcess], failed: BaseProcess, run_dir: Path) -> int:
+    """Rank 0's own code where it has one: it speaks for the run. A rank that just died needs a person."""
+    code = ranks[0].exitcode if ranks[0].exitcode and ranks[0].exitcode > 0 else failed.exitcode
+    if code is None or code < 0 or code == EXIT_NEEDS_PERSON:
+        code = EXIT_NEEDS_PERSON
+        log = run_dir / "logs" / f"{failed.name}.log"
+        sys.stderr.write(
+            f"{failed.name} (pid {failed.pid}) ended with {failed.exitcode}; why is at the end of {log}\n"
+        )
+    return code
+
+
+def _end(ranks: list[BaseProcess], grace_s: float = GRACE_S) -> None:
+    """Ranks that waited for a dead one end by themselves or, after a grace, by force."""
+    deadline = time.monotonic() + grace_s
+    while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in ranks:
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
+def _die_with_parent() -> None:
+    """A rank must not outlive the command that started it. Linux only; elsewhere the broken process group ends it."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _flushed(code: int) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code

@@ -1,0 +1,161 @@
+"""The asynchronous loop. Generation runs in its own process all the while; here is what a step does with its samples.
+
+wait for the batch of this version -> align -> train on it -> publish the new weights -> write down what happened
+"""
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_a3po.actor import checkpoint as actor_checkpoint
+from megatron_a3po.actor.actor import Actor
+from megatron_a3po.config import Config
+from megatron_a3po.errors import TrainingError
+from megatron_a3po.logs import StepFilter
+from megatron_a3po.rollout.client import RolloutClient
+from megatron_a3po.rollout.trajectory import Evaluation
+from megatron_a3po.trainer.batch import Batch, align, batch_path, save_batch
+from megatron_a3po.trainer.clock import Clock
+from megatron_a3po.trainer.journal import Journal
+from megatron_a3po.trainer.method import Method
+from megatron_a3po.trainer.probe import probe
+from megatron_a3po.trainer.recovery import Checkpoint
+from megatron_a3po.trainer.source import Source, from_main
+from megatron_a3po.trainer.step import train_step
+from megatron_a3po.weights.publishing import forget_old_versions, version_directory
+
+
+@dataclass
+class Progress:
+    """The counters a checkpoint keeps."""
+
+    step: int = 0  # training steps completed, and so the version of the weights
+    skipped_in_a_row: int = 0
+    steps_without_fresh_tokens: int = 0
+    accuracy_before: float | None = None
+
+
+@dataclass
+class Run:
+    """What the loop works with. `client` and `journal` exist on rank 0 only."""
+
+    config: Config
+    actor: Actor
+    source: Source
+    client: RolloutClient | None
+    journal: Journal | None
+    progress: Progress
+    step_filter: StepFilter
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+
+def train(run: Run) -> bool:
+    """Steps until `trainer.steps`; False where a signal asked to stop before. Collective over all ranks."""
+    method = Method.of(run.config.actor)
+    while run.progress.step < run.config.trainer.steps:
+        start = time.monotonic()
+        version = run.progress.step
+        run.step_filter.step = version + 1
+        with run.clock("wait_for_samples"):
+            batch = run.source.next(version)
+        if batch is None:
+            return False
+        with run.clock("align"):
+            mini_batches = align(batch, run.config.actor, run.config.rollout)
+        metrics = train_step(run.actor, mini_batches, method, run.clock)
+        run.progress.step += 1
+        if run.source.publishes:
+            with run.clock("publish"):
+                publish(run)
+        metrics |= probe(run, metrics)
+        write_down(run, batch, metrics, time.monotonic() - start)
+        stop_where_nothing_is_learned(run, metrics)
+        if (
+            due(run.config.trainer.save_every, run.progress.step)
+            and run.progress.step < run.config.trainer.steps
+        ):
+            with run.clock("checkpoint"):
+                save(run)
+    return True
+
+
+def publish(run: Run) -> None:
+    """Write the weights of the version just made and tell the rollout process. Collective."""
+    root, version = run.run_dir / "weights", run.progress.step
+    run.actor.write_hugging_face(version_directory(root, version))
+    if run.client is not None:
+        run.client.publish(version, version_directory(root, version))
+        forget_old_versions(root, keep=3 + run.config.rollout.bound)
+
+
+def save(run: Run) -> None:
+    """A checkpoint of the step just completed. Collective."""
+    checkpoint = Checkpoint(run.run_dir, run.progress.step)
+    from_main(run.actor.grid, checkpoint.open)
+    actor_checkpoint.save(run.actor, checkpoint.actor_directory)
+    from_main(
+        run.actor.grid,
+        lambda: checkpoint.complete(
+            run.config, vars(run.progress), run.client.state() if run.client else None
+        ),
+    )
+
+
+def write_down(run: Run, batch: Batch, metrics: dict[str, Any], seconds: float) -> None:
+    """Rank 0's notes on a step: metrics, samples, the batch itself, an evaluation that has come in."""
+    parts = {f"time/{part}": value for part, value in run.clock.seconds.items()} | {"time/step": seconds}
+    intervals = run.clock.intervals.get("forward_backward", [])
+    run.clock.take()
+    if run.journal is None:
+        return
+    step, version = run.progress.step, batch.version
+    metrics |= run.source.statistics | batch_metrics(batch) | parts
+    if run.client is not None and intervals:
+        metrics["rollout/sampled_while_training"] = run.client.sampled_between(
+            intervals[0][0], intervals[-1][1]
+        )
+    if run.config.trainer.dump_batches:
+        save_batch(batch_path(run.run_dir / "batches", step), batch)
+    run.journal.step(step, version, batch, metrics)
+    if run.client is not None and due(run.config.trainer.evaluate_every, step):
+        run.journal.expect(step, run.client.evaluate(step))
+
+
+def batch_metrics(batch: Batch) -> dict[str, Any]:
+    """What the versions of a batch say: tokens of each staleness, and responses continued under newer weights."""
+    responses = [t.versions[t.prompt_length :] for t in batch.trajectories]
+    ages, counts = np.unique(batch.version - np.concatenate(responses), return_counts=True)
+    return {
+        "staleness/histogram": {str(age): int(count) for age, count in zip(ages, counts, strict=True)},
+        "rollout/multi_version_fraction": float(
+            np.mean([len(np.unique(versions)) > 1 for versions in responses])
+        ),
+    }
+
+
+def stop_where_nothing_is_learned(run: Run, metrics: dict[str, Any]) -> None:
+    """Too many steps in a row with a skipped update: TrainingError on every rank."""
+    run.progress.skipped_in_a_row = run.progress.skipped_in_a_row + 1 if metrics["steps_skipped"] else 0
+    if run.progress.skipped_in_a_row >= run.config.trainer.max_skipped_steps:
+        raise TrainingError(
+            f"{run.progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient "
+            f"(trainer.max_skipped_steps={run.config.trainer.max_skipped_steps}); lower actor.lr or look at the "
+            f"trajectories named in {run.run_dir / 'logs'}"
+        )
+
+
+def due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def result(future: "Future[Evaluation] | None") -> float | None:
+    """Accuracy of an evaluation that was asked for, waiting for it."""
+    return None if future is None else future.result().accuracy

@@ -1,0 +1,185 @@
+"""A run directory's past: what it holds, whether this start may continue it, and the checkpoints it continues from.
+
+    checkpoints/step-<n>/     complete when, and only when, the name has no suffix
+        actor/                model, optimizer, schedule (actor/checkpoint.py)
+        trainer.json          step and version, the configuration's hash
+        rollouts.pickle       prompt cursor, prompts in flight, finished groups (rollout/client.py)
+        config.yaml           the configuration it was written under
+        manifest.json         format number, sizes and checksums of the files above
+
+There is no random state to keep: prompts, samples and shuffles are functions of (seed, position).
+"""
+
+import hashlib
+import json
+import logging
+import pickle
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_a3po.config import Config, load_config, to_yaml
+from megatron_a3po.config.load import different_keys
+from megatron_a3po.errors import ConfigError, InputError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """How this start goes on from what the run directory holds."""
+
+    kind: Literal["new", "continue", "finished"]
+    attempt: int = 1
+    checkpoint: Path | None = None
+
+
+def begin(config: Config, resume: str) -> Beginning:
+    """Decide what to do with `run_dir` and claim it. Errors: ConfigError (another configuration), InputError (no
+    checkpoint at PATH). Touches nothing but the run directory's name, under `--resume never`."""
+    run_dir = Path(config.run_dir)
+    if resume not in ("auto", "never"):
+        checkpoint = _checkpoint_at(Path(resume))
+        return Beginning("continue", _next_attempt(run_dir), checkpoint)
+    if resume == "never" and run_dir.exists():
+        aside = next(
+            path
+            for n in range(1, 10_000)
+            if not (path := run_dir.with_name(f"{run_dir.name}.old-{n}")).exists()
+        )
+        run_dir.rename(aside)
+        logger.info("moved the old run to %s", aside)
+    if not (run_dir / "config.yaml").is_file():
+        return Beginning("new")
+    if keys := different_keys(load_config(run_dir, check_files=False), config):
+        raise ConfigError(
+            f"{run_dir} holds a run with another configuration (different: {', '.join(keys)}); give this one a directory "
+            f"of its own with run_dir=..., or move the old one aside with --resume never"
+        )
+    if (run_dir / "summary.json").is_file() and json.loads((run_dir / "summary.json").read_text())[
+        "status"
+    ] == "done":
+        return Beginning("finished", _next_attempt(run_dir))
+    return Beginning("continue", _next_attempt(run_dir), latest_checkpoint(run_dir))
+
+
+def claim(config: Config, attempt: int) -> None:
+    """Write the resolved configuration and the attempt's number. Called once per start, by one process."""
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_aside(run_dir / "config.yaml", to_yaml(config))
+    write_aside(run_dir / "attempt", str(attempt))
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint; a damaged one is named and passed over."""
+    for directory in reversed(_checkpoints(run_dir)):
+        if problem := damage(directory):
+            logger.warning("%s is damaged (%s); the one before it is used", directory, problem)
+            continue
+        return directory
+    return None
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with a checkpoint by its manifest; None if it is whole."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"manifest.json: {error}"
+    if manifest.get("format") != FORMAT:
+        return f"format {manifest.get('format')}, this program reads {FORMAT}"
+    for name, expected in manifest["files"].items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != expected["bytes"]:
+            return f"{name} is missing or cut short"
+        if _checksum(path) != expected["sha256"]:
+            return f"{name} has another checksum"
+    return None
+
+
+class Checkpoint:
+    """A checkpoint being written: made aside, filled by all ranks, completed by rank 0."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self.final = run_dir / "checkpoints" / f"{PREFIX}{step}"
+        self.aside = self.final.with_name(self.final.name + ".tmp")
+
+    @property
+    def actor_directory(self) -> Path:
+        return self.aside / "actor"
+
+    def open(self) -> None:
+        """Rank 0, before any rank writes."""
+        shutil.rmtree(self.aside, ignore_errors=True)
+        self.actor_directory.mkdir(parents=True)
+
+    def complete(self, config: Config, trainer: dict[str, Any], rollouts: dict[str, Any] | None) -> None:
+        """Rank 0, after every rank has written: state, manifest, the final name, and old ones forgotten."""
+        (self.aside / "config.yaml").write_text(to_yaml(config))
+        (self.aside / "trainer.json").write_text(json.dumps(trainer))
+        (self.aside / "rollouts.pickle").write_bytes(pickle.dumps(rollouts))
+        files = [path for path in sorted(self.aside.rglob("*")) if path.is_file()]
+        manifest = {
+            "format": FORMAT,
+            "files": {
+                str(path.relative_to(self.aside)): {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+                for path in files
+            },
+        }
+        (self.aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        shutil.rmtree(self.final, ignore_errors=True)
+        self.aside.rename(self.final)
+        for old in _checkpoints(Path(config.run_dir))[: -config.trainer.keep_last]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "trainer.json").read_text())
+
+
+def read_rollout_state(checkpoint: Path) -> dict[str, Any] | None:
+    return pickle.loads((checkpoint / "rollouts.pickle").read_bytes())
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a small file so that whoever reads it sees all of it or the one before."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    aside.rename(path)
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [
+        path
+        for path in (run_dir / "checkpoints").glob(f"{PREFIX}*")
+        if path.name.removeprefix(PREFIX).isdigit()
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def _checkpoint_at(path: Path) -> Path:
+    """A checkpoint, or the latest one of a run directory."""
+    checkpoint = path if (path / "manifest.json").is_file() else latest_checkpoint(path)
+    if checkpoint is None:
+        raise InputError(
+            f"--resume {path}: no complete checkpoint there; give a checkpoint or a run directory with one"
+        )
+    if problem := damage(checkpoint):
+        raise InputError(f"--resume {path}: {problem}; take an earlier checkpoint")
+    return checkpoint
+
+
+def _next_attempt(run_dir: Path) -> int:
+    path = run_dir / "attempt"
+    return int(path.read_text()) + 1 if path.is_file() else 1
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

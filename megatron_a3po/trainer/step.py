@@ -1,0 +1,149 @@
+"""One training step: score what the method needs scored, update mini-batch by mini-batch, gather what was measured.
+
+Everything a rank measured leaves it in one all-gather, after the last update; nothing is read from a device before.
+"""
+
+import logging
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_a3po.actor.actor import Actor, Update
+from megatron_a3po.actor.packing import AlignedSequence, MicroBatch
+from megatron_a3po.algorithm.metric_table import QUANTITIES, report
+from megatron_a3po.algorithm.statistics import Statistics
+from megatron_a3po.trainer.clock import Clock
+from megatron_a3po.trainer.method import Method
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Measured:
+    """What this rank saw of a step."""
+
+    statistics: Statistics
+    loss_sums: list[Tensor] = field(default_factory=list)
+    denominators: list[int] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    skipped: int = 0
+    tokens: int = 0
+    tokens_forwarded: int = 0
+
+
+def train_step(
+    actor: Actor, mini_batches: list[list[AlignedSequence]], method: Method, clock: Clock
+) -> dict[str, float]:
+    """All updates of one step; returns its metrics, the same on every rank."""
+    packs = [actor.pack(mini_batch) if mini_batch else [] for mini_batch in mini_batches]
+    measured = Measured(Statistics.empty(QUANTITIES, actor.grid.device))
+    forwarded_before = actor.tokens_forwarded
+    with clock("proximal_pass"):
+        packs = [
+            with_recomputed_anchor(actor, pack) if pack and method.needs_pass(number) else pack
+            for number, pack in enumerate(packs)
+        ]
+    for number, pack in enumerate(packs):
+        # A mini-batch whose every sequence was masked has nothing to learn from.
+        if pack:
+            _update(actor, number, pack, method, measured, clock)
+    measured.tokens_forwarded = actor.tokens_forwarded - forwarded_before
+    measured.tokens = sum(sum(len(s) for s in mb.sequences) for pack in packs for mb in pack)
+    with clock("metrics"):
+        return _gathered(actor, measured) | _of_batch(mini_batches)
+
+
+def with_recomputed_anchor(actor: Actor, pack: list[MicroBatch]) -> list[MicroBatch]:
+    """The same packs with their log-probs under the current weights as anchor (known on the last stage only)."""
+    scored = actor.score(pack)
+    if not scored:
+        return pack
+    return [
+        replace(micro_batch, fields=replace(micro_batch.fields, prox_logp=logp))
+        for micro_batch, (logp, _) in zip(pack, scored, strict=True)
+    ]
+
+
+def _update(
+    actor: Actor, number: int, pack: list[MicroBatch], method: Method, measured: Measured, clock: Clock
+) -> None:
+    objective = method.objective(number)
+    update = actor.update(pack, objective, clock)
+    measured.grad_norms.append(update.grad_norm)
+    measured.loss_sums.append(update.loss_sum)
+    measured.denominators.append(update.denominator)
+    # Every tensor rank of the last stage holds the same vectors: one of them speaks.
+    if actor.has_loss and actor.grid.tp.is_first:
+        with clock("metrics"):
+            for micro_batch, output in zip(pack, update.outputs, strict=True):
+                for statistics in method.measure(number, objective, output, micro_batch.fields):
+                    measured.statistics = measured.statistics.merge(statistics)
+    if not update.applied:
+        measured.skipped += 1
+        _say_what_is_not_finite(actor, number, pack, update)
+
+
+def _gathered(actor: Actor, measured: Measured) -> dict[str, float]:
+    """The step's only collective over metrics: sums, counts, minima and maxima of every rank, merged locally."""
+    speaks = actor.has_loss and actor.grid.tp.is_first
+    num_updates = len(measured.loss_sums)
+    device = actor.grid.device
+    losses = torch.stack([loss.double() for loss in measured.loss_sums]) if num_updates else torch.zeros(0)
+    counts = torch.tensor(
+        [*measured.denominators, measured.tokens_forwarded, measured.tokens], dtype=torch.float64
+    )
+    spoken = 1.0 if speaks else 0.0
+    mask = torch.tensor([spoken] * num_updates + [1.0, 1.0], dtype=torch.float64)
+    own = torch.cat(
+        [measured.statistics.table.flatten(), (losses * spoken).to(device), (counts * mask).to(device)]
+    ).contiguous()
+    everyone = [torch.empty_like(own) for _ in range(actor.grid.world_size)]
+    dist.all_gather(everyone, own)
+    gathered = torch.stack(everyone).cpu()
+
+    size = measured.statistics.table.numel()
+    tables = gathered[:, :size].unflatten(1, (len(QUANTITIES), 4))
+    rest = gathered[:, size:].sum(0)
+    loss_sums, denominators = rest[:num_updates], rest[num_updates : 2 * num_updates]
+    forwarded, tokens = rest[2 * num_updates :].tolist()
+    metrics = report(Statistics.merged(QUANTITIES, tables))
+    if num_updates:
+        metrics["loss"] = (loss_sums / denominators.clamp(min=1)).mean().item()
+        metrics["grad_norm"] = float(np.mean(measured.grad_norms))
+        metrics["forwards_per_token"] = forwarded / tokens
+    metrics["steps_skipped"] = float(measured.skipped)
+    return metrics
+
+
+def _of_batch(mini_batches: list[list[AlignedSequence]]) -> dict[str, float]:
+    """What the host knows of a batch: its trained tokens and their staleness."""
+    sequences = [sequence for mini_batch in mini_batches for sequence in mini_batch]
+    stale = np.concatenate([np.zeros(0, np.int32), *(s.staleness[s.loss_mask] for s in sequences)])
+    metrics: dict[str, float] = {"tokens/trained": float(len(stale))}
+    if len(stale):
+        metrics |= {"staleness/avg": float(stale.mean()), "staleness/max": float(stale.max())}
+    return metrics
+
+
+def _say_what_is_not_finite(actor: Actor, number: int, pack: list[MicroBatch], update: Update) -> None:
+    """Name the first offending trajectory of a skipped update. Rare, so the device may be read here."""
+    found = None
+    for micro_batch, output in zip(pack, update.outputs, strict=False):
+        index = int(output.first_nonfinite)
+        if index >= 0:
+            found = micro_batch.trained_token(index)
+            break
+    everyone: list[tuple[str, int] | None] = [None] * actor.grid.world_size
+    dist.all_gather_object(everyone, found, group=actor.grid.host_group)
+    where = next((item for item in everyone if item is not None), None)
+    culprit = (
+        f"first at {where[0]}, token {where[1]}"
+        if where
+        else "with finite log-probs: the gradient overflowed"
+    )
+    logger.warning(
+        "mini-batch %d: loss or gradient is not finite, %s; this update was not applied", number + 1, culprit
+    )
