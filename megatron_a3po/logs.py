@@ -59,6 +59,7 @@ def set_up_logs(run_dir: str | Path | None, process_name: str, *, speaks: bool) 
         to_file = logging.FileHandler(folder / f"{process_name}.log", encoding="utf-8")
         to_file.setFormatter(logging.Formatter(FILE_FORMAT))
         handlers.append(to_file)
+        assert to_file.stream is not None, "a FileHandler opens its file at once"
         faulthandler.enable(to_file.stream)
     if speaks:
         to_person = logging.StreamHandler(sys.stderr)

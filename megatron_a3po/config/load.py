@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from megatron_a3po.config.checks import config_problems
 from megatron_a3po.config.config import Config
+from megatron_a3po.config.difference import flat
 from megatron_a3po.config.file_checks import file_problems
 from megatron_a3po.config.problem import Problem, shown
 from megatron_a3po.config.validate import validate
@@ -60,12 +61,6 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
-def different_keys(one: Config, other: Config) -> list[str]:
-    """The dotted keys in which two configurations differ."""
-    first, second = (_flat(config.model_dump(mode="json")) for config in (one, other))
-    return [key for key in dict.fromkeys([*first, *second]) if first.get(key) != second.get(key)]
-
-
 def _read(file: Path) -> Any:
     try:
         loaded = OmegaConf.load(file)
@@ -108,7 +103,7 @@ def _interpolations(config: Config) -> list[Problem]:
     """`${...}` is OmegaConf's wiring; here every key says its value itself."""
     return [
         Problem((key,), f"{key} is {shown(value)}, but ${{...}} is not filled in: write the value itself.")
-        for key, value in _flat(config.model_dump(mode="json")).items()
+        for key, value in flat(config.model_dump(mode="json")).items()
         if isinstance(value, str) and "${" in value
     ]
 
@@ -119,13 +114,3 @@ def _touches(problem: Problem, broken: set[str]) -> bool:
         for key in problem.keys
         for other in broken
     )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_a3po.config import load_config, to_yaml
 from megatron_a3po.config.config import Config
+from megatron_a3po.config.difference import differing_keys
 from megatron_a3po.config.keys import closest_key, dotted_keys
-from megatron_a3po.config.load import different_keys
 from megatron_a3po.config.reward import FunctionReward
 from megatron_a3po.config.validate import validate
 from megatron_a3po.errors import ConfigError
@@ -75,9 +75,17 @@ def all_keys(tree: dict, prefix: str = "") -> set[str]:
     return {prefix + key for key in tree}.union(*below)
 
 
-def test_different_keys(load):
-    assert different_keys(load(), load()) == []
-    assert different_keys(load(), load("actor.lr=1", "warm_start.steps=20"))[0] == "actor.lr"
+def test_differing_keys(tmp_path: Path, load):
+    file = tmp_path / "old.yaml"
+    file.write_text(to_yaml(load()))
+    assert differing_keys(file, load("run_dir=elsewhere")) == []
+    assert differing_keys(file, load("actor.lr=1", "trainer.steps=3")) == ["actor.lr", "trainer.steps"]
+    assert set(differing_keys(file, load("warm_start.steps=20"))) >= {"warm_start", "warm_start.steps"}
+    file.write_text(to_yaml(load()).replace("  seed: 1", "  old_key: 1"))
+    assert differing_keys(file, load()) == ["trainer.seed", "trainer.old_key"]
+    file.write_text("a: [")
+    with pytest.raises(ConfigError, match="is not readable"):
+        differing_keys(file, load())
 
 
 def test_frozen_and_picklable(load):
