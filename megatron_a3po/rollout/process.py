@@ -17,6 +17,7 @@ import traceback
 from multiprocessing.connection import Connection
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_a3po.errors import A3POError, RewardError
 from megatron_a3po.logs import set_up_logs
@@ -43,6 +44,7 @@ def main() -> int:
     except EOFError:
         return 0
     set_up_logs(start.run_dir, "rollout", speaks=False)
+    disable_progress_bar()  # of loading a model: the log is no terminal
     torch.set_num_threads(start.config.rollout.num_threads)
     try:
         asyncio.run(_serve(connection, start))

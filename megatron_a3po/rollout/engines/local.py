@@ -130,9 +130,10 @@ class LocalEngine:
             while self._wait_for_work():
                 self._take_weights()
                 self._take_requests()
-                self._deliver(finished := self._training.step(self._version))
+                finished = self._training.step(self._version)
                 if num_tokens := self._training.num_active + len(finished):
                     self._steps.append((time.monotonic(), num_tokens))
+                self._deliver(finished)
                 self._step_evaluation()
             self._deliver(self._training.abort())
             if self._evaluation is not None:
