@@ -54,7 +54,7 @@ class Statistics:
         empty = Statistics.empty(("",), self.table.device).table[0]
         return type(self)(tuple(names), torch.stack([rows.get(name, empty) for name in names]))
 
-    def merge(self, other: "Statistics") -> "CLS":
+    def merge(self, other: "Statistics") -> "Statistics":
         """The summaries of both together, over the union of their names."""
         names = tuple(dict.fromkeys(self.names + other.names))
         return self.merged(names, torch.stack([self.aligned(names).table, other.aligned(names).table]))

@@ -14,11 +14,12 @@ must be 1: Megatron's per-token-loss path, no loss scaling. `reference` is the s
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megatron_a3po.vocab_parallel.collectives import Group
 from megatron_a3po.vocab_parallel.products import add_weight_gradient_, hidden_gradient_, project_
@@ -117,7 +118,7 @@ class _Sweep:
 class _OneSweep(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         rows: TrainedRows,
@@ -156,7 +157,8 @@ class _OneSweep(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        upstream = upstreams[0]  # the loss's; the other outputs have no gradient
         if ctx.spent:
             raise RuntimeError("the loss layer's gradients were handed out already: one backward per forward")
         ctx.spent = True
@@ -199,7 +201,7 @@ def _placeholder(weight: Tensor) -> Tensor:
     They assert that there is one, and drop it; but where the weight is tied to an embedding on the same stage
     they add it up with the embedding's own, so there it must be zeros.
     """
-    weight.grad_added_to_main_grad = True
+    weight.grad_added_to_main_grad = True  # pyright: ignore[reportAttributeAccessIssue]
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 

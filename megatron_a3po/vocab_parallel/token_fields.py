@@ -25,8 +25,15 @@ class TokenFields:
 
     def slice(self, start: int, stop: int) -> "TokenFields":
         """The fields of the tokens start..stop-1, as views."""
-        values = (None if field is None else field[start:stop] for field in vars(self).values())
-        return type(self)(*values)
+        tokens = slice(start, stop)
+        return TokenFields(
+            self.labels[tokens],
+            self.behave_logp[tokens],
+            self.staleness[tokens],
+            self.advantages[tokens],
+            self.loss_weights[tokens],
+            None if self.prox_logp is None else self.prox_logp[tokens],
+        )
 
 
 # Log-probs [tokens] (requiring gradient) and the fields of the same tokens -> loss [tokens], loss_weights

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_a3po.algorithm.policy_loss import decoupled_loss, sequence_loss
-from megatron_a3po.algorithm.proximal import interpolate
+from megatron_a3po.algorithm.proximal import Method, interpolate
 
 CLIP: dict[str, Any] = {"eps_low": 0.2, "eps_high": 0.2}
 # Away from kinks: ratios inside and outside of the clip on both sides, both signs of the advantage. With d = 3 the
@@ -23,7 +23,7 @@ ADVANTAGES = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, -0.5], dtype=torch.float64
 STALENESS = torch.tensor([3, 3, 3, 3, 3, 0])
 CLIPPED = [False, True, False, False, True, False]
 SEQUENCES = torch.tensor([0, 0, 1, 1, 1, 2])
-ANCHORS = ["loglinear", "linear", "rollout"]
+ANCHORS: list[Method] = ["loglinear", "linear", "rollout"]
 
 
 def attached_anchor(logp: Tensor, method: str) -> Tensor:
@@ -64,13 +64,13 @@ def gradient(function: Callable[[Tensor], Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     "options", [{}, {"dual_clip": 1.5}, {"behave_weight": "mask", "behave_weight_cap": 1.2}]
 )
-def test_gradcheck_with_anchor_and_weight_frozen(method: str, form: Callable, options: dict):
+def test_gradcheck_with_anchor_and_weight_frozen(method: Method, form: Callable, options: dict):
     frozen = interpolate(BEHAVE, LOGP, STALENESS, method)
     torch.autograd.gradcheck(lambda logp: form(logp, frozen, **options), LOGP.clone().requires_grad_())
 
 
 @pytest.mark.parametrize("method", ["loglinear", "linear"])
-def test_the_real_gradient_is_the_frozen_one_and_not_the_attached_one(method: str):
+def test_the_real_gradient_is_the_frozen_one_and_not_the_attached_one(method: Method):
     frozen = interpolate(BEHAVE, LOGP, STALENESS, method)
     real = gradient(lambda logp: losses(logp, interpolate(BEHAVE, logp, STALENESS, method)))
     assert torch.equal(real, gradient(lambda logp: losses(logp, frozen)))
@@ -134,9 +134,9 @@ def test_a_sequence_ratios_derivative_is_shared_by_its_tokens():
 
 
 def test_neither_anchor_nor_behaviour_nor_advantage_receives_gradient():
-    fields = [x.clone().requires_grad_() for x in (LOGP, LOGP - 0.1, BEHAVE)]
-    found = decoupled_loss(*fields, ADVANTAGES, **CLIP)
+    logp, prox, behave = (x.clone().requires_grad_() for x in (LOGP, LOGP - 0.1, BEHAVE))
+    found = decoupled_loss(logp, prox, behave, ADVANTAGES, **CLIP)
     assert not found.importance_weight.requires_grad
     assert not found.behave_imp_weight.requires_grad
     found.loss.sum().backward()
-    assert [x.grad is not None for x in fields] == [True, False, False]
+    assert [x.grad is not None for x in (logp, prox, behave)] == [True, False, False]

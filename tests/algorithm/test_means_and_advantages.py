@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_a3po.algorithm.advantages import group_advantages
-from megatron_a3po.algorithm.loss_mean import denominator, loss_weights
+from megatron_a3po.algorithm.advantages import Estimator, group_advantages
+from megatron_a3po.algorithm.loss_mean import LossMean, denominator, loss_weights
 
 LENGTHS = np.array([2, 3, 0, 1])
-MEANS = ["token", "sequence", "constant"]
+MEANS: list[LossMean] = ["token", "sequence", "constant"]
 
 
 def test_weights_and_denominators_by_hand():
@@ -25,7 +25,7 @@ def test_weights_and_denominators_by_hand():
     cut=st.integers(0, 8),
     mean=st.sampled_from(MEANS),
 )
-def test_parts_add_up_to_the_whole(lengths: list[int], cut: int, mean: str):
+def test_parts_add_up_to_the_whole(lengths: list[int], cut: int, mean: LossMean):
     whole = np.array(lengths)
     parts = (whole[:cut], whole[cut:])
     assert sum(denominator(part, mean, 7) for part in parts) == denominator(whole, mean, 7)
@@ -51,14 +51,15 @@ def test_advantages_by_hand():
 
 @pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
 @pytest.mark.parametrize("reward", [0.1, 0.7, 1 / 3, 0.0])
-def test_equal_rewards_give_exactly_zero(estimator: str, reward: float):
+def test_equal_rewards_give_exactly_zero(estimator: Estimator, reward: float):
     advantages = group_advantages(np.full((2, 7), reward), estimator)
     assert (advantages == 0).all()
 
 
 def test_one_sample_has_nothing_to_be_compared_with():
     one_each = np.array([[1.0], [0.0]])
-    for estimator in ("grpo", "dr_grpo", "rloo"):
+    estimators: list[Estimator] = ["grpo", "dr_grpo", "rloo"]
+    for estimator in estimators:
         with pytest.raises(ValueError, match=f"{estimator} compares samples .* at least 2, and found 1"):
             group_advantages(one_each, estimator)
     assert group_advantages(one_each, "reinforce_pp").shape == (2, 1)  # the batch is the baseline
@@ -68,7 +69,7 @@ def test_one_sample_has_nothing_to_be_compared_with():
     st.lists(st.lists(st.floats(-5, 5), min_size=4, max_size=4), min_size=1, max_size=5),
     st.sampled_from(["grpo", "dr_grpo", "rloo"]),
 )
-def test_a_groups_advantages_add_up_to_zero_and_know_no_offset(rewards: list, estimator: str):
+def test_a_groups_advantages_add_up_to_zero_and_know_no_offset(rewards: list, estimator: Estimator):
     table = np.array(rewards)
     advantages = group_advantages(table, estimator)
     np.testing.assert_allclose(advantages.sum(axis=1), 0, atol=1e-6)

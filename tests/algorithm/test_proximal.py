@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_a3po.algorithm import approximate_proximal_logp
-from megatron_a3po.algorithm.proximal import METHODS, interpolate
+from megatron_a3po.algorithm.proximal import METHODS, Method, interpolate
 from megatron_a3po.algorithm.staleness import behave_share, trained_staleness
 
 VERSIONS = torch.tensor([-1, 0, 1, 2, 3, 4, 5], dtype=torch.int32)
@@ -22,9 +22,9 @@ logps = st.floats(-20, 0)
 stalenesses = st.integers(0, 100)
 
 
-def prox(behave: float, target: float, staleness: int, method: str) -> float:
-    tensors = (torch.tensor([x], dtype=torch.float64) for x in (behave, target))
-    return interpolate(*tensors, torch.tensor([staleness]), method).item()
+def prox(behave: float, target: float, staleness: int, method: Method) -> float:
+    behave_logp, logp = (torch.tensor([x], dtype=torch.float64) for x in (behave, target))
+    return interpolate(behave_logp, logp, torch.tensor([staleness]), method).item()
 
 
 def test_the_behaviours_share_is_one_over_the_staleness_but_at_most_one():
@@ -33,13 +33,13 @@ def test_the_behaviours_share_is_one_over_the_staleness_but_at_most_one():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_table(method: str):
+def test_the_table(method: Method):
     found = approximate_proximal_logp(BEHAVE, TARGET, VERSIONS, 5, method)
     torch.testing.assert_close(found, torch.tensor(TABLE[method], dtype=torch.float64), atol=5e-8, rtol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_any_shape_and_no_gradient(method: str):
+def test_any_shape_and_no_gradient(method: Method):
     behave = BEHAVE[1:].view(2, 3).requires_grad_()
     target = TARGET[1:].view(2, 3).clone().requires_grad_()
     found = approximate_proximal_logp(behave, target, VERSIONS[1:].view(2, 3), 5, method)
@@ -49,7 +49,7 @@ def test_any_shape_and_no_gradient(method: str):
 
 @given(behave=logps, target=logps, staleness=stalenesses, method=st.sampled_from(METHODS))
 def test_the_anchor_lies_between_behaviour_and_target(
-    behave: float, target: float, staleness: int, method: str
+    behave: float, target: float, staleness: int, method: Method
 ):
     low, high = sorted([behave, target])
     assert low - 1e-12 <= prox(behave, target, staleness, method) <= high + 1e-12
@@ -83,13 +83,13 @@ def test_linear_in_closed_form_and_its_bound(behave: float, target: float, stale
 @pytest.mark.parametrize("staleness", [0, 1])
 @pytest.mark.parametrize("target", [-torch.inf, torch.inf, torch.nan])
 def test_a_fresh_tokens_anchor_is_the_behaviour_whatever_the_target(
-    method: str, staleness: int, target: float
+    method: Method, staleness: int, target: float
 ):
     assert prox(-1.5, target, staleness, method) == -1.5
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_infinities_on_prompt_tokens_stay_there(method: str):
+def test_infinities_on_prompt_tokens_stay_there(method: Method):
     behave = torch.tensor([-torch.inf, 0.0, -1.0])
     target = torch.tensor([torch.nan, -torch.inf, -2.0])
     found = approximate_proximal_logp(behave, target, torch.tensor([-1, -1, 3]), 5, method)

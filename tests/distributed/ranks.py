@@ -147,7 +147,7 @@ def _main(
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no dependence on the machine's host name
         try:
-            store = dist.FileStore(str(folder / "store"), world_size)
+            store = dist.FileStore(str(folder / "store"), world_size)  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(
                 "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
             )

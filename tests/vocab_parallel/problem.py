@@ -18,6 +18,11 @@ OBJECTIVE = PolicyObjective(interpolated("loglinear"), eps_low=0.2, eps_high=0.2
 TOLERANCES = {"loss": 1e-6, "logp": 1e-6, "entropy": 5e-6, "hidden_grad": 5e-6, "weight_grad": 5e-6}
 
 
+def within(tolerance: float, *names: str) -> dict[str, float]:
+    """The same tolerance for all these parts of an answer."""
+    return dict.fromkeys(names or TOLERANCES, tolerance)
+
+
 @dataclass(frozen=True)
 class Problem:
     """Hidden states of a whole sequence, the whole padded embedding, and which rows are trained."""

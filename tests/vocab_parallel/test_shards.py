@@ -24,6 +24,7 @@ from tests.vocab_parallel.problem import (
     local_rows,
     random_problem,
     reference_answer,
+    within,
 )
 
 NUM_SHARDS = 2
@@ -68,8 +69,9 @@ class LargestShapes(TorchDispatchMode):
 
 def count_collectives(problem: Problem, group: dist.ProcessGroup, sequence_parallel: bool) -> dict[str, int]:
     """How often the layer calls each collective in one forward and backward over chunks of 7."""
-    names = ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor")
-    counts, originals = dict.fromkeys(names, 0), {name: getattr(dist, name) for name in names}
+    names: tuple[str, ...] = ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor")
+    counts: dict[str, int] = dict.fromkeys(names, 0)
+    originals = {name: getattr(dist, name) for name in names}
 
     def counting(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -172,7 +174,7 @@ def test_agrees_with_the_reference(ranks: list[dict[str, Any]], name: str, sp: b
 
 def test_bfloat16(ranks: list[dict[str, Any]]):
     found = whole([rank["answers"]["bfloat16"] for rank in ranks], sequence_parallel=False)
-    tolerances = dict.fromkeys(("logp", "entropy", "hidden_grad", "weight_grad"), 2e-2)
+    tolerances = within(2e-2, "logp", "entropy", "hidden_grad", "weight_grad")
     assert_agree(found, reference_answer(bfloat16_problem()), tolerances)
 
 
