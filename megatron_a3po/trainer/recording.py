@@ -39,9 +39,9 @@ class Recorder:
         if self._writer is None:
             # A resumed run takes some steps again: TensorBoard then forgets those of the attempt before.
             self._writer = self._make_writer(purge_step=step)
-        for name in metrics:
-            if isinstance(row[name], int | float):
-                self._writer.add_scalar(name, row[name], step)
+        for name, value in row.items():
+            if name in metrics and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
 
     def samples(self, step: int, batch: "Batch", tokenizer: Any, limit: int = 4) -> None:
         """The first trajectory of up to `limit` groups, spread over the batch."""

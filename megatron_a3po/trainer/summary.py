@@ -60,16 +60,10 @@ def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """The summary of a run; None while it has none."""
-    path = Path(run_dir) / SUMMARY
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """What `write_summary` wrote; None where a run has not ended."""
+    """What `write_summary` wrote; None while a run has none. Errors: InputError names a damaged file."""
     path = Path(run_dir) / SUMMARY
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -78,10 +72,8 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 def closing_lines(summary: dict[str, Any]) -> list[str]:
     """What a person wants to know when a run has ended."""
-    steps = summary["steps"]
-    lines = [
-        f"{summary['status']}: {steps} training step{'' if steps == 1 else 's'} in {duration(summary['wall_seconds'])}"
-    ]
+    steps = f"{summary['steps']} training step{'' if summary['steps'] == 1 else 's'}"
+    lines = [f"{summary['status']}: {steps} in {duration(summary['wall_seconds'])}"]
     lines += _method(summary)
     lines += _accuracy(summary)
     lines += _time(summary)
