@@ -64,6 +64,8 @@ def set_up_logs(run_dir: str | Path | None, process_name: str, *, speaks: bool) 
     if speaks:
         to_person = logging.StreamHandler(sys.stderr)
         to_person.setFormatter(SpokenFormatter())
+        # Warnings of libraries go to the file: a person at the start of a run can do nothing about them.
+        to_person.addFilter(lambda record: record.name != "py.warnings")
         handlers.append(to_person)
     for handler in handlers or [logging.NullHandler()]:
         handler.addFilter(step)

@@ -72,7 +72,7 @@ class Actor:
         self.optimizer = Optimizer(self.config, schedule, self.model)
 
     def pack(self, mini_batch: list[AlignedSequence]) -> list[MicroBatch]:
-        """This rank's micro-batches of a mini-batch. The same packs serve scoring and training: their ratio is exact."""
+        """This rank's micro-batches of a mini-batch. The same packs serve scoring and training, so ratios are exact."""
         vp_size = self.config.virtual_pipeline_model_parallel_size
         return micro_batches(
             mini_batch,

@@ -98,7 +98,7 @@ def _ensure_moments(optimizer: DistributedOptimizer) -> None:
 
 @contextmanager
 def _torch_adam_step_is_carried(optimizers: list[DistributedOptimizer]) -> Iterator[None]:
-    """Megatron-Core copies a parameter's tensors by the keys of its state, but leaves Adam's `step` out of the source."""
+    """Megatron-Core copies a parameter's tensors by the keys of its state, but its source lacks Adam's `step`."""
 
     def carrying(optimizer: DistributedOptimizer) -> Any:
         original = optimizer._set_main_param_and_optimizer_states
@@ -121,7 +121,7 @@ def _torch_adam_step_is_carried(optimizers: list[DistributedOptimizer]) -> Itera
 
 
 def _give_each_parameter_its_own_step(optimizer: torch.optim.Optimizer) -> None:
-    """After loading all share one `step` tensor, which then counts once per parameter: nothing fails, weights go wrong."""
+    """After loading all share one `step` tensor, which counts once per parameter: nothing fails, weights go wrong."""
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()

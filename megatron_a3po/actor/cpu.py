@@ -1,8 +1,8 @@
 """Megatron-Core without a GPU.
 
-Megatron-Core names `cuda` devices and streams throughout. `pretend_cuda_is_cpu()` makes those names mean the CPU, so that
-the same actor runs on gloo on a laptop and in tests. It is called once per process, before any model is built, and only
-where torch sees no GPU; nothing else in the project knows about it. What it replaces is listed in `_PATCHES` below.
+Megatron-Core names `cuda` devices and streams throughout. `pretend_cuda_is_cpu()` makes those names mean the CPU, so
+that the same actor runs on gloo on a laptop and in tests. It is called once per process, before any model is built, and
+only where torch sees no GPU; nothing else in the project knows about it. What it replaces is in `_PATCHES` below.
 """
 
 import contextlib

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_a3po.config.actor import ActorSection
-from megatron_a3po.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -52,28 +51,6 @@ class Grid:
     def holds_export(self) -> bool:
         """One rank per pipeline stage writes that stage's full tensors."""
         return self.tp.is_first and self.dp.is_first
-
-
-def data_parallel_size(actor: ActorSection, world_size: int) -> int:
-    """Size of the data axis in a world of `world_size` ranks. Errors: ConfigError where the grid does not fit."""
-    model_ranks = actor.tensor_model_parallel_size * actor.pipeline_model_parallel_size
-    size, rest = divmod(world_size, model_ranks)
-    if rest or size == 0:
-        raise ConfigError(
-            [
-                f"the launcher started {world_size} ranks, which is not a multiple of "
-                f"actor.tensor_model_parallel_size x actor.pipeline_model_parallel_size = {model_ranks}; "
-                f"start a multiple of {model_ranks} ranks"
-            ]
-        )
-    if actor.data_parallel_size not in (None, size):
-        raise ConfigError(
-            [
-                f"actor.data_parallel_size is {actor.data_parallel_size}, but the launcher started {world_size} ranks, "
-                f"which makes it {size}; leave the key out or start {actor.data_parallel_size * model_ranks} ranks"
-            ]
-        )
-    return size
 
 
 def build_grid(

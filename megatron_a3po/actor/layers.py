@@ -1,7 +1,7 @@
-"""The parts of a layer that Megatron-Core lacks without Transformer Engine, and the layer spec that puts them in place.
+"""The parts of a layer that Megatron-Core lacks without Transformer Engine, and the spec that puts them in place.
 
-Packed sequences keep Megatron's plain [tokens, 1, heads, head_dim] format all through the block; only the core attention
-knows where one sequence ends and the next begins. Rotary embeddings come per position from the model.
+Packed sequences keep Megatron's plain [tokens, 1, heads, head_dim] format all through the block; only the core
+attention knows where one sequence ends and the next begins. Rotary embeddings come per position from the model.
 """
 
 import importlib.util
@@ -42,7 +42,7 @@ class RMSNorm(torch.nn.RMSNorm):
 class PackedAttention(torch.nn.Module):
     """Causal attention within each sequence of a pack, by torch's scaled-dot-product kernels.
 
-    Sequences of like lengths run as one right-padded batch: under a causal mask what follows a sequence cannot reach it.
+    Sequences of like lengths run as one right-padded batch: a causal mask hides what follows a sequence from it.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:

@@ -1,7 +1,7 @@
-"""The target policy: a small language model made of Megatron-Core's parts that returns hidden states, never logits.
+"""The target policy: a small language model of Megatron-Core's parts that returns hidden states, never logits.
 
-Parameter names are GPTModel's, so that checkpoints and weight tables fit both. The projection onto the vocabulary belongs
-to the loss layer; the model only owns its weight (`output_weight`).
+Parameter names are GPTModel's, so that checkpoints and weight tables fit both. The projection onto the vocabulary
+belongs to the loss layer; the model only owns its weight (`output_weight`).
 """
 
 from typing import Any
@@ -81,7 +81,7 @@ class TargetPolicy(LanguageModule):
 
     @property
     def output_weight(self) -> Tensor:
-        """[padded vocabulary / TP, hidden] on the last stage: the embedding's where tied and present, else the head's."""
+        """[padded vocabulary / TP, hidden] on the last stage: the embedding's where tied and here, else the head's."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight

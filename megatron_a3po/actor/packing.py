@@ -1,7 +1,8 @@
 """From aligned sequences to the packed micro-batches of one mini-batch.
 
-Host side only: every rank computes the same plan from the same mini-batch and then builds its own packs. Which rows are
-trained, and how many of them each tensor rank holds under sequence parallelism, is known here and never asked of a device.
+Host side only: every rank computes the same plan from the same mini-batch and then builds its own packs. Which rows
+are trained, and how many of them each tensor rank holds under sequence parallelism, is known here and never asked of a
+device.
 """
 
 import heapq
@@ -79,7 +80,7 @@ def micro_batches(
 def balance(
     sequences: list[AlignedSequence], max_tokens: int, *, num_ranks: int, multiple: int = 1
 ) -> list[list[AlignedSequence]]:
-    """Split into bins of at most `max_tokens`, as few as possible, near equal in tokens; bin i goes to rank i % num_ranks.
+    """Split into as few bins of at most `max_tokens` as possible, near equal; bin i goes to rank i % num_ranks.
 
     Longest first into the emptiest bin; the order within a bin is the batch's.
     """

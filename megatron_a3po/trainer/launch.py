@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron_a3po.config.checks import data_parallel_size
 from megatron_a3po.environment import Launch, set_default
 from megatron_a3po.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_NEEDS_PERSON
 from megatron_a3po.trainer import recovery
-from megatron_a3po.trainer.summary import closing_lines, read_summary
+from megatron_a3po.trainer.summary import closing_lines
 
 GRACE_S = 10.0
 
@@ -30,8 +31,7 @@ def launch(config: Config, launched: Launch, *, resume: str) -> int:
     set_default("OMP_NUM_THREADS", "1")
     if launched.launcher == "self":
         return _launch_here(config, resume)
-    from megatron_a3po.trainer.worker import Place, run_rank
-
+    Place, run_rank = _import_worker()
     assert launched.world_size is not None
     address = f"tcp://{launched.master_address}:{launched.master_port}"
     if launched.launcher == "torchrun":
@@ -43,10 +43,9 @@ def launch(config: Config, launched: Launch, *, resume: str) -> int:
 def _launch_here(config: Config, resume: str) -> int:
     beginning = recovery.begin(config, resume)
     if beginning.kind == "finished":
-        sys.stdout.write("\n".join(closing_lines(read_summary(Path(config.run_dir)))) + "\n")
+        sys.stdout.write("\n".join(closing_lines(beginning.summary)) + "\n")
         return EXIT_DONE
-    from megatron_a3po.trainer.worker import Place, run_rank
-
+    Place, run_rank = _import_worker()
     actor = config.actor
     world_size = (
         data_parallel_size(config, None)
@@ -67,6 +66,14 @@ def _launch_here(config: Config, resume: str) -> int:
         for process in ranks:
             process.start()
         return _watch(ranks, Path(config.run_dir))
+
+
+def _import_worker() -> tuple[Any, Any]:
+    """Torch and Megatron-Core, without their warnings about what is not installed: `doctor` tells that in words."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron_a3po.trainer.worker import Place, run_rank
+    return Place, run_rank
 
 
 def _watch(ranks: list[BaseProcess], run_dir: Path) -> int:

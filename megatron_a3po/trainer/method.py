@@ -1,4 +1,4 @@
-"""The three switches, resolved once at start-up: which anchor each mini-batch gets, and which forward passes that costs.
+"""The three switches, resolved once at start-up: which anchor each mini-batch gets, and which passes that costs.
 
 coupled              behaviour log-prob                                          no pass
 loglinear, linear    interpolated from behaviour and target                      no pass

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from megatron_a3po.algorithm.alignment import shift_to_predictions
 from megatron_a3po.actor.packing import AlignedSequence
+from megatron_a3po.algorithm.alignment import shift_to_predictions
 from megatron_a3po.rollout.trajectory import Trajectory
 from megatron_a3po.trainer.batch import supervised_sequence
 from megatron_a3po.trainer.source import from_main

@@ -15,12 +15,12 @@ import json
 import logging
 import pickle
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_a3po.config import Config, load_config, to_yaml
-from megatron_a3po.config.load import different_keys
+from megatron_a3po.config import Config, to_yaml
+from megatron_a3po.config.difference import differing_keys
 from megatron_a3po.errors import ConfigError, InputError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class Beginning:
     kind: Literal["new", "continue", "finished"]
     attempt: int = 1
     checkpoint: Path | None = None
+    summary: dict[str, Any] = field(default_factory=dict)  # of a finished run
 
 
 def begin(config: Config, resume: str) -> Beginning:
@@ -55,10 +56,10 @@ def begin(config: Config, resume: str) -> Beginning:
         logger.info("moved the old run to %s", aside)
     if not (run_dir / "config.yaml").is_file():
         return Beginning("new")
-    if keys := different_keys(load_config(run_dir, check_files=False), config):
+    if keys := differing_keys(run_dir / "config.yaml", config):
         raise ConfigError(
-            f"{run_dir} holds a run with another configuration (different: {', '.join(keys)}); give this one a directory "
-            f"of its own with run_dir=..., or move the old one aside with --resume never"
+            f"{run_dir} holds a run with another configuration (different: {', '.join(keys)}); give this one its own "
+            f"directory with run_dir=..., or move the old one aside with --resume never"
         )
     if (run_dir / "summary.json").is_file() and json.loads((run_dir / "summary.json").read_text())[
         "status"

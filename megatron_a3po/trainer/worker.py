@@ -26,14 +26,16 @@ from megatron_a3po.trainer import loop, recovery
 from megatron_a3po.trainer.journal import Journal
 from megatron_a3po.trainer.loop import Progress, Run
 from megatron_a3po.trainer.progress import Display
-from megatron_a3po.trainer.recording import Recorder
+from megatron_a3po.trainer.recording import Recorder, read_metrics
 from megatron_a3po.trainer.recovery import Beginning
 from megatron_a3po.trainer.source import LiveSource, ReplaySource, StopWish, from_main
-from megatron_a3po.trainer.summary import closing_lines, summarize, write_summary
+from megatron_a3po.trainer.summary import closing_lines, mean_of, summarize, write_summary
 from megatron_a3po.trainer.warm_start import demonstrations, warm_start
 from megatron_a3po.weights.publishing import version_directory
 
 logger = logging.getLogger(__name__)
+
+FULL_PIPELINE_STEP = 10  # by then generation runs as far ahead as the bound lets it
 
 
 @dataclass(frozen=True)
@@ -148,11 +150,18 @@ def _train_and_finish(run: Run, started: float) -> int:
             accuracy_after=loop.result(after),
             export=str(export),
             wall_seconds=time.time() - started,
+            multi_version_fraction=_multi_version_fraction(run.run_dir),
         )
         write_summary(run.run_dir, summary)
         for line in closing_lines(summary):
             run.journal.display.say(line)
     return EXIT_DONE
+
+
+def _multi_version_fraction(run_dir: Path) -> float | None:
+    """Share of the trained responses with tokens of several versions, once the pipeline is full."""
+    rows = [row for row in read_metrics(run_dir) if row["step"] > FULL_PIPELINE_STEP]
+    return mean_of(rows, "rollout/multi_version_fraction")
 
 
 def _warm_start(config: Config, actor: Actor, tokenizer: Any, display: Any, beginning: Beginning) -> None:

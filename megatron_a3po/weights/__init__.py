@@ -1,1 +1,1 @@
-"""Weights by their Hugging Face names: tables per family, slices in, full tensors out, publishing to rollout engines."""
+"""Weights by their Hugging Face names: tables per family, slices in, full tensors out, versions for engines."""

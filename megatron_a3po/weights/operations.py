@@ -32,7 +32,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Operation:
-    """`shard(sources, layout) -> Tensor`; `merge(shards of every tensor rank, shape) -> full tensors in table order`."""
+    """`shard(sources, layout) -> Tensor`; `merge(every tensor rank's shards, shape) -> full tensors in table order`."""
 
     shard: Callable[[Sequence[SliceReader], Layout], Tensor]
     merge: Callable[[Sequence[Tensor], ModelShape], list[Tensor]]
@@ -90,7 +90,7 @@ def _gate_up_merge(shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
 gate_up = Operation(shard=_gate_up_shard, merge=_gate_up_merge)
 
 
-# q, k and v interleaved by query group: group g holds its queries, then its key, then its value (Megatron's SelfAttention).
+# q, k and v interleaved by query group, each its queries, then its key, then its value (Megatron's SelfAttention).
 def _qkv_shard(sources: Sequence[SliceReader], layout: Layout) -> Tensor:
     shape = layout.shape
     groups = _part(shape.num_query_groups, layout)

@@ -21,7 +21,7 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 def load_shards(
     parameters: NamedTensors, source: Mapping[str, SliceReader], family: Family, layout: Layout
 ) -> None:
-    """Fill this rank's parameters in place. Errors: InputError names the tensor that is missing or has another shape."""
+    """Fill this rank's parameters in place. Errors: InputError names a tensor that is missing or misshapen."""
     for name, parameter in parameters:
         rule, hf_names = family.rule(name)
         if missing := [hf_name for hf_name in hf_names if hf_name not in source]:

@@ -8,7 +8,7 @@ from megatron_a3po.weights.operations import Operation
 
 @dataclass(frozen=True)
 class Rule:
-    """A Megatron-Core parameter and the Hugging Face tensors it is made of; `{i}` is the layer, counted over all stages."""
+    """A Megatron-Core parameter and the Hugging Face tensors it is made of; `{i}` is the layer over all stages."""
 
     megatron: str
     hugging_face: tuple[str, ...]

@@ -1,0 +1,53 @@
+"""Greedy accuracy of a checkpoint on its own: the engine and the reward of a run, in this process, without a trainer.
+
+What a run measures while it trains is the same function on the same engine, see `rollout/evaluation.py`.
+"""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from megatron_a3po.config import Config
+from megatron_a3po.config.file_checks import TOKENIZER_FILES
+from megatron_a3po.rollout.evaluation import evaluate
+from megatron_a3po.rollout.prompts import read_examples, tokenize
+from megatron_a3po.rollout.rewards.scorer import Scorer
+from megatron_a3po.rollout.service import create_engine
+from megatron_a3po.rollout.trajectory import Evaluation
+
+
+def evaluate_checkpoint(config: Config, checkpoint: Path) -> Evaluation:
+    """The Hugging Face folder `checkpoint` on data.held_out, by the configuration's reward and length limits."""
+    return asyncio.run(_evaluate(config, checkpoint))
+
+
+async def _evaluate(config: Config, checkpoint: Path) -> Evaluation:
+    assert config.data.held_out is not None
+    assert config.reward is not None
+    tokenizer = _tokenizer(checkpoint, Path(config.model.hf_path))
+    prompts = tokenize(read_examples(config.data.held_out), tokenizer, config.data.max_prompt_tokens)
+    # The checkpoint says itself which tokens end a response.
+    model = config.model.model_copy(update={"hf_path": str(checkpoint)})
+    engine = create_engine(config.model_copy(update={"model": model}), checkpoint, 0)
+    scorer = Scorer(config.reward)
+    try:
+        await scorer.start()
+        return await evaluate(
+            engine,
+            scorer,
+            tokenizer,
+            prompts,
+            max_response_tokens=config.rollout.max_response_tokens,
+            temperature=config.rollout.temperature,
+        )
+    finally:
+        await engine.close()
+        await scorer.close()
+
+
+def _tokenizer(checkpoint: Path, base: Path) -> Any:
+    """The checkpoint's own, or the one of the model it was trained from."""
+    has_own = any((checkpoint / name).is_file() for name in TOKENIZER_FILES)
+    return AutoTokenizer.from_pretrained(checkpoint if has_own else base, local_files_only=True)
