@@ -24,7 +24,7 @@ from megatron_a3po.logs import set_up_logs
 from megatron_a3po.rollout.messages import Answer, Failure, Request, Start, Stop
 from megatron_a3po.rollout.service import RolloutService
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("megatron_a3po.rollout.process")  # under -m, __name__ is __main__
 
 PARENT_POLL_S = 1.0
 

@@ -9,6 +9,7 @@ alternate. Read `decoder.py` for the sampling itself.
 
 import asyncio
 import copy
+import itertools
 import logging
 import threading
 import time
@@ -28,7 +29,7 @@ from megatron_a3po.rollout.engines.weight_files import check_weights, copy_weigh
 
 logger = logging.getLogger(__name__)
 
-REMEMBERED_STEPS = 200_000
+REMEMBERED_STEPS = 100_000
 
 
 class LocalEngine:
@@ -93,7 +94,9 @@ class LocalEngine:
         return await in_use
 
     def sampled_between(self, start: float, end: float) -> int:
-        return sum(tokens for moment, tokens in list(self._steps) if start <= moment <= end)
+        latest_first = reversed(list(self._steps))
+        since_start = itertools.takewhile(lambda step: step[0] >= start, latest_first)
+        return sum(tokens for moment, tokens in since_start if moment <= end)
 
     async def failed(self) -> None:
         await asyncio.shield(self._failed)
@@ -190,9 +193,9 @@ class LocalEngine:
 
 def load_model(directory: Path, dtype: torch.dtype, device: str | None = None) -> Any:
     """The model of a Hugging Face directory, strictly: no weight missing, none left over."""
-    model, report = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
-    )
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "local_files_only": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
+    model, report = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report.get(problem, ()))):
             raise RolloutError(f"{directory}: {problem.replace('_', ' ')} in the checkpoint: {names[:5]}.")

@@ -1,7 +1,7 @@
 """A reward function of the user's, by import path."""
 
 import importlib
-from typing import Any
+from typing import cast
 
 from megatron_a3po.rollout.rewards.base import RewardFunction
 
@@ -9,7 +9,7 @@ from megatron_a3po.rollout.rewards.base import RewardFunction
 def import_function(path: str) -> RewardFunction:
     """`module:function`. Whatever importing it raises is the user's to see."""
     module, _, name = path.partition(":")
-    function: Any = getattr(importlib.import_module(module), name)
+    function = getattr(importlib.import_module(module), name)
     if not callable(function):
         raise TypeError(f"reward.path={path} is a {type(function).__name__}, not a function")
-    return function
+    return cast(RewardFunction, function)

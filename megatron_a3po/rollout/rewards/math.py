@@ -5,9 +5,11 @@ math-verify is maintained by Hugging Face; its own time limits are switched off,
 
 from math_verify import parse, verify
 
+NO_LIMIT = 0
+
 
 def math_equal(prompt: str, response: str, answer: str) -> float:
-    wanted = parse(answer, parsing_timeout=None) or parse(f"${answer}$", parsing_timeout=None)
+    wanted = parse(answer, parsing_timeout=NO_LIMIT) or parse(f"${answer}$", parsing_timeout=NO_LIMIT)
     if not wanted:
         raise ValueError(f"the answer {answer!r} is no expression that math-verify can read")
-    return float(verify(wanted, parse(response, parsing_timeout=None), timeout_seconds=None))
+    return float(verify(wanted, parse(response, parsing_timeout=NO_LIMIT), timeout_seconds=NO_LIMIT))
