@@ -10,7 +10,8 @@ from pathlib import Path
 
 from megatron_a3po.config import Config, load_config, read_model_shape
 from megatron_a3po.config.data_file import count_rows
-from megatron_a3po.errors import EXIT_DONE, ConfigError, InputError
+from megatron_a3po.config.file_checks import TOKENIZER_FILES
+from megatron_a3po.errors import EXIT_DONE, InputError
 
 EXPORT = "export"
 
@@ -19,11 +20,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Check, generate, score, print one line."""
     # The files that only training needs may be gone.
     config = load_config(arguments.config, arguments.overrides, check_files=False)
-    if missing := list(_missing(config)):
-        raise ConfigError(missing)
-    assert config.data.held_out is not None
-    count_rows(config.data.held_out)
     checkpoint = _checkpoint(arguments, config)
+    if problems := [*_missing_keys(config), *_bad_files(config, checkpoint)]:
+        raise InputError(problems)
 
     from megatron_a3po.trainer.evaluation import evaluate_checkpoint
 
@@ -37,25 +36,42 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _missing(config: Config) -> Iterator[str]:
+def _checkpoint(arguments: argparse.Namespace, config: Config) -> Path:
+    """The folder to evaluate. A run directory may have been moved since its configuration was written."""
+    if arguments.checkpoint is not None:
+        return Path(arguments.checkpoint)
+    moved = Path(arguments.config) / EXPORT
+    folder = moved if moved.is_dir() else Path(config.run_dir) / EXPORT
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is not there, the run has not ended: give a checkpoint with --checkpoint HF_DIR."
+        )
+    return folder
+
+
+def _missing_keys(config: Config) -> Iterator[str]:
     if config.data.held_out is None:
         yield "data.held_out is missing, and accuracy is measured on it: give data.held_out=FILE."
     if config.reward is None:
         yield "reward is missing, and says which responses are right: give reward.type=exact_number or another."
 
 
-def _checkpoint(arguments: argparse.Namespace, config: Config) -> Path:
-    """The folder to evaluate. A run directory may have been moved since its configuration was written."""
-    if arguments.checkpoint is not None:
-        folder = Path(arguments.checkpoint)
+def _bad_files(config: Config, checkpoint: Path) -> Iterator[str]:
+    try:
+        read_model_shape(checkpoint)
+    except InputError as error:
+        yield from error.problems
     else:
-        folder = Path(arguments.config) / EXPORT
-        folder = folder if folder.is_dir() else Path(config.run_dir) / EXPORT
-        if not folder.is_dir():
-            raise InputError(
-                f"{folder} is not there, the run has not ended: give a checkpoint with --checkpoint DIR."
-            )
-    read_model_shape(folder)
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(f"{folder} has no *.safetensors: give the folder of a Hugging Face checkpoint.")
-    return folder
+        if not any(checkpoint.glob("*.safetensors")):
+            yield f"{checkpoint} has no *.safetensors: give the folder of a Hugging Face checkpoint."
+        tokenizers = (
+            folder / name for folder in (checkpoint, Path(config.model.hf_path)) for name in TOKENIZER_FILES
+        )
+        if not any(file.is_file() for file in tokenizers):
+            base = f"model.hf_path={config.model.hf_path}"
+            yield f"{checkpoint} has no tokenizer, and {base} has none either: copy the tokenizer's files there."
+    if config.data.held_out is not None:
+        try:
+            count_rows(config.data.held_out)
+        except InputError as error:
+            yield f"data.held_out: {error}"

@@ -81,13 +81,7 @@ def comparison(pasts: list[Past]) -> Table:
 def figures(past: Past) -> dict[str, str]:
     """Label -> text of one run."""
     rows, summary = past.rows, past.summary or {}
-    evaluations = {
-        row["evaluation/version"]: row.get("evaluation/accuracy")
-        for row in rows
-        if "evaluation/version" in row
-    }
-    before = summary.get("accuracy_before", evaluations.get(0))
-    after = summary.get("accuracy_after", evaluations[max(evaluations)] if evaluations else None)
+    before, after = _accuracies(past)
     gain = None if before is None or after is None else after - before
     seconds, waited = mean_of(rows, "time/step"), mean_of(rows, "time/wait_for_samples")
     tokens = mean_of(rows, "tokens/trained")
@@ -97,8 +91,8 @@ def figures(past: Past) -> dict[str, str]:
         "status": _status(past),
         "starts": str(rows[-1].get("attempt", NOTHING)) if rows else NOTHING,
         "wall time": NOTHING if "wall_seconds" not in summary else duration(summary["wall_seconds"]),
-        "accuracy before": _number(before, ".3f"),
-        "accuracy after": _number(after, ".3f"),
+        "accuracy, before": _number(before, ".3f"),
+        "accuracy, latest": _number(after, ".3f"),
         "gain": _number(gain, "+.3f"),
         f"reward, first {EDGE_STEPS} steps": _number(mean_of(rows[:EDGE_STEPS], "reward/avg"), ".3f"),
         f"reward, last {EDGE_STEPS} steps": _number(mean_of(rows[-EDGE_STEPS:], "reward/avg"), ".3f"),
@@ -111,6 +105,19 @@ def figures(past: Past) -> dict[str, str]:
         "trained tokens/s": _number(tokens / seconds if tokens and seconds else None, ",.0f"),
         "waiting for samples": _number(waited / seconds if waited is not None and seconds else None, ".0%"),
     }
+
+
+def _accuracies(past: Past) -> tuple[float | None, float | None]:
+    """Before the first step, and the latest: after the last step, or where a run has got to."""
+    if past.summary is not None:
+        return past.summary.get("accuracy_before"), past.summary.get("accuracy_after")
+    found = {
+        row["evaluation/version"]: row.get("evaluation/accuracy")
+        for row in past.rows
+        if "evaluation/version" in row
+    }
+    latest = max(found, default=0)
+    return found.get(0), found[latest] if latest > 0 else None
 
 
 def _status(past: Past) -> str:
