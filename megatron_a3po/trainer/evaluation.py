@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from megatron_a3po.config import Config
 from megatron_a3po.config.file_checks import TOKENIZER_FILES
@@ -20,6 +21,7 @@ from megatron_a3po.rollout.trajectory import Evaluation
 
 def evaluate_checkpoint(config: Config, checkpoint: Path) -> Evaluation:
     """The Hugging Face folder `checkpoint` on data.held_out, by the configuration's reward and length limits."""
+    transformers_logging.disable_progress_bar()
     return asyncio.run(_evaluate(config, checkpoint))
 
 
