@@ -143,7 +143,7 @@ class Actor:
             for name, parameter in stage.named_parameters():
                 if name.startswith("decoder.layers."):
                     local, rest = name.removeprefix("decoder.layers.").split(".", 1)
-                    layer = stage.decoder.layers[int(local)].layer_number - 1
+                    layer = int(stage.decoder.layers[int(local)].layer_number) - 1  # pyright: ignore[reportArgumentType]
                     name = f"decoder.layers.{layer}.{rest}"
                 # The last stage's copy of a tied embedding is loaded like the embedding and exported from the first.
                 tied_copy = name == "output_layer.weight" and self.shape.tie_word_embeddings

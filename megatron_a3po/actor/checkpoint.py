@@ -41,7 +41,7 @@ def load(actor: Actor, directory: Path) -> None:
     for optimizer in optimizers:
         _ensure_moments(optimizer)
     with _torch_adam_step_is_carried(optimizers):
-        state = dist_checkpointing.load(_sharded_state(actor, is_loading=True), str(directory))
+        state: Any = dist_checkpointing.load(_sharded_state(actor, is_loading=True), str(directory))
         for number, chunk in enumerate(actor.model):
             chunk.load_state_dict(state[_model_key(actor, number)])
         _optimizer(actor).megatron.load_state_dict(state["optimizer"])

@@ -5,6 +5,7 @@ The only file that touches Megatron-Core's `parallel_state`. Everything else rec
 
 import datetime
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -95,7 +96,7 @@ def build_grid(
         tp=_axis(parallel_state.get_tensor_model_parallel_group()),
         pp=_axis(parallel_state.get_pipeline_model_parallel_group()),
         dp=_axis(parallel_state.get_data_parallel_group()),
-        host_group=dist.new_group(backend="gloo", timeout=timeout),
+        host_group=_axis(dist.new_group(backend="gloo", timeout=timeout)).group,
     )
 
 
@@ -105,5 +106,6 @@ def leave_grid() -> None:
     dist.destroy_process_group()
 
 
-def _axis(group: dist.ProcessGroup) -> Axis:
+def _axis(group: Any) -> Axis:
+    assert isinstance(group, dist.ProcessGroup)
     return Axis(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)

@@ -6,7 +6,7 @@ attention knows where one sequence ends and the next begins. Rotary embeddings c
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -81,10 +81,10 @@ class PackedAttention(torch.nn.Module):
         cu_seqlens, longest = packed.cu_seqlens_q, max(packed.lengths)
         out: Any = varlen_attn(
             *qkv,
-            cu_seqlens,
-            cu_seqlens,
-            longest,
-            longest,
+            cu_seq_q=cu_seqlens,
+            cu_seq_k=cu_seqlens,
+            max_q=longest,
+            max_k=longest,
             scale=self.softmax_scale,
             window_size=(-1, 0),
             enable_gqa=qkv[0].shape[1] != qkv[1].shape[1],
@@ -92,7 +92,7 @@ class PackedAttention(torch.nn.Module):
         return out
 
     def _padded_batch(self, qkv: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
-        padded = [torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True) for x in qkv]
+        padded = [torch.nn.utils.rnn.pad_sequence(list(x.split(lengths)), batch_first=True) for x in qkv]
         out = self._attend(*padded)
         return torch.cat([sequence[:length] for sequence, length in zip(out, lengths, strict=True)])
 
@@ -165,8 +165,9 @@ def block_spec(
     else:
         FinalNorm, attention = RMSNorm, PackedAttention
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-        layer.submodules.input_layernorm = RMSNorm
-        layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = attention
+    submodules: Any = layer.submodules
+    if not transformer_engine:
+        submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+    submodules.self_attention.submodules.core_attention = attention
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=FinalNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=cast(Any, FinalNorm))

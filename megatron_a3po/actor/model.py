@@ -4,7 +4,7 @@ Parameter names are GPTModel's, so that checkpoints and weight tables fit both. 
 belongs to the loss layer; the model only owns its weight (`output_weight`).
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -55,7 +55,9 @@ class TargetPolicy(LanguageModule):
                 config, padded_vocab_size, shape.max_position_embeddings, position_embedding_type="rope"
             )
         self.rotary_pos_emb = RotaryEmbedding(
-            shape.head_dim, rotary_percent=1.0, rotary_base=shape.rope_theta, use_cpu_initialization=True
+            shape.head_dim,
+            rotary_percent=1.0,
+            rotary_base=shape.rope_theta,  # pyright: ignore[reportArgumentType] use_cpu_initialization=True
         )
         spec = block_spec(config, vp_stage=vp_stage, pp_rank=pp_rank, transformer_engine=transformer_engine)
         self.decoder = TransformerBlock(
@@ -66,7 +68,7 @@ class TargetPolicy(LanguageModule):
                 config.hidden_size,
                 padded_vocab_size,
                 config=config,
-                init_method=config.init_method,
+                init_method=cast(Any, config.init_method),
                 bias=False,
                 skip_bias_add=False,
                 gather_output=False,
@@ -84,7 +86,7 @@ class TargetPolicy(LanguageModule):
         """[padded vocabulary / TP, hidden] on the last stage: the embedding's where tied and here, else the head's."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        return cast(Tensor, self.output_layer.weight)
 
     def forward(self, tokens: Tensor, position_ids: Tensor, packed: PackedSequences) -> Tensor:
         """tokens, position_ids int64 [1, rows] -> hidden [rows (/TP under sequence parallelism), 1, hidden]."""

@@ -1,6 +1,7 @@
 """Megatron-Core's optimizer and schedule, and the one question asked before they step: is everything finite?"""
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -87,6 +88,6 @@ class Optimizer:
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         if not flag.item():
             return False, grad_norm
-        _, grad_norm, _ = self.megatron.step()
+        _, grad_norm, _ = cast(tuple[bool, float, Any], self.megatron.step())
         self.scheduler.step(1)
         return True, float(grad_norm or 0.0)

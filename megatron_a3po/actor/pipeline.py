@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -97,7 +97,7 @@ class Pipeline:
         return self.schedule(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.model if len(self.model) > 1 else self.model[0],
+            model=cast(Any, self.model if len(self.model) > 1 else self.model[0]),
             num_microbatches=len(micro_batches),
             seq_length=micro_batches[0].tokens.shape[1],
             micro_batch_size=1,

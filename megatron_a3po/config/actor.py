@@ -101,9 +101,6 @@ class ActorSection(Section):
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient of an update; 0 switches clipping off."""
 
-    use_distributed_optimizer: bool = True
-    """Spread master weights and moments over the data-parallel ranks."""
-
     overlap_grad_reduce: bool = False
     """Reduce gradients while backward still runs."""
 

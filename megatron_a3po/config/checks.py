@@ -230,15 +230,10 @@ def _layout(config: Config) -> Iterator[Problem]:
             f"actor.virtual_pipeline_model_parallel_size is {chunks}, but "
             "actor.pipeline_model_parallel_size is 1: leave it out, or raise the number of stages.",
         )
-    if actor.overlap_param_gather and not (actor.use_distributed_optimizer and actor.overlap_grad_reduce):
+    if actor.overlap_param_gather and not actor.overlap_grad_reduce:
         yield Problem(
-            (
-                "actor.overlap_param_gather",
-                "actor.use_distributed_optimizer",
-                "actor.overlap_grad_reduce",
-            ),
-            "actor.overlap_param_gather is true, but needs actor.use_distributed_optimizer=true and "
-            "actor.overlap_grad_reduce=true: set both, or leave it out.",
+            ("actor.overlap_param_gather", "actor.overlap_grad_reduce"),
+            "actor.overlap_param_gather is true, but needs actor.overlap_grad_reduce=true: set both, or neither.",
         )
 
 

@@ -22,7 +22,7 @@ class TrainerSection(Section):
     after."""
 
     save_every: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints. Left out: only at the end or when stopped."""
+    """Steps between checkpoints. Left out: only when stopped."""
 
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints kept."""

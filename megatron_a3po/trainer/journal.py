@@ -1,40 +1,89 @@
 """Rank 0's account of a run: rows, samples, the display, and evaluations that come in while the loop goes on."""
 
+import time
 from concurrent.futures import Future
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from megatron_a3po.config import Config
 from megatron_a3po.rollout.trajectory import Evaluation
 from megatron_a3po.trainer.batch import Batch
 from megatron_a3po.trainer.progress import Display
-from megatron_a3po.trainer.recording import Recorder
+from megatron_a3po.trainer.recording import Recorder, read_metrics
+from megatron_a3po.trainer.summary import closing_lines, mean_of, summarize, write_summary
+
+FULL_PIPELINE_STEP = 10  # by then generation runs as far ahead as the bound lets it
 
 
 class Journal:
-    """What the run says while it goes on."""
+    """What the run says, shows and writes down while it goes on; a context, on rank 0 only."""
 
-    def __init__(self, config: Config, attempt: int, display: Display, tokenizer: Any) -> None:
-        self.config, self.display, self.tokenizer = config, display, tokenizer
-        self.recorder = Recorder(Path(config.run_dir), attempt=attempt)
-        self.accuracy: float | None = None
+    def __init__(self, config: Config, attempt: int, tokenizer: Any) -> None:
+        self.config, self.tokenizer, self.run_dir = config, tokenizer, Path(config.run_dir)
+        self.started = time.monotonic()
+        self.display = Display(config, config.trainer.steps)
+        self.recorder = Recorder(self.run_dir, attempt=attempt)
+        self.warm_start_recorder = (
+            Recorder(self.run_dir / "warm_start", attempt=attempt) if config.warm_start else None
+        )
+        self.accuracy: dict[int, float] = {}  # of the weights after a step
         self._expected: list[tuple[int, Future[Evaluation]]] = []
 
+    def __enter__(self) -> "Journal":
+        self.display.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.display.__exit__(kind, error, trace)
+        for recorder in (self.recorder, self.warm_start_recorder):
+            if recorder is not None:
+                recorder.close()
+
+    def warm_start(self, step: int, steps: int, metrics: dict[str, Any]) -> None:
+        """A supervised step's row."""
+        assert self.warm_start_recorder is not None
+        self.warm_start_recorder.record(step, 0, metrics)
+        self.display.warm_start(step, steps, metrics)
+
     def expect(self, step: int, evaluation: "Future[Evaluation]") -> None:
-        """An evaluation of the weights after `step` has been asked for; it is written down when it is there."""
+        """An evaluation of the weights after `step` was asked for; it is written down when it is there."""
         self._expected.append((step, evaluation))
 
     def step(self, step: int, version: int, batch: Batch, metrics: dict[str, Any]) -> None:
         """A step's row. Evaluations that have come in meanwhile go with it, with the version they are of."""
         while self._expected and self._expected[0][1].done():
-            _, future = self._expected.pop(0)
-            evaluation = future.result()
-            self.accuracy = evaluation.accuracy
+            evaluation = self._take_evaluation()
             metrics |= {"evaluation/accuracy": evaluation.accuracy, "evaluation/version": evaluation.version}
         self.recorder.record(step, version, metrics)
         if step % self.config.trainer.sample_every == 0 or step == 1:
             self.recorder.samples(step, batch, self.tokenizer)
-        self.display.step(step, metrics, self.accuracy)
+        latest = self.accuracy[max(self.accuracy)] if self.accuracy else None
+        self.display.step(step, metrics, latest)
 
-    def close(self) -> None:
-        self.recorder.close()
+    def finish(self, status: str, accuracy_before: float | None, export: Path | None) -> None:
+        """Wait for the evaluations still on their way, write summary.json, say how it went."""
+        while self._expected:
+            self._take_evaluation()
+        # Once the pipeline is full: before, nothing newer than the first weights has been published.
+        rows = [row for row in read_metrics(self.run_dir) if row["step"] > FULL_PIPELINE_STEP]
+        summary = summarize(
+            self.run_dir,
+            status=status,
+            accuracy_before=accuracy_before,
+            accuracy_after=self.accuracy.get(self.config.trainer.steps),
+            export=export,
+            wall_seconds=time.monotonic() - self.started,
+            multi_version_fraction=mean_of(rows, "rollout/multi_version_fraction"),
+        )
+        write_summary(self.run_dir, summary)
+        for line in closing_lines(summary):
+            self.display.say(line)
+
+    def _take_evaluation(self) -> Evaluation:
+        step, future = self._expected.pop(0)
+        evaluation = future.result()
+        self.accuracy[step] = evaluation.accuracy
+        return evaluation

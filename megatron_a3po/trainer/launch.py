@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def _import_worker() -> tuple[Any, Any]:
     return Place, run_rank
 
 
-def _watch(ranks: list[BaseProcess], run_dir: Path) -> int:
+def _watch(ranks: Sequence[BaseProcess], run_dir: Path) -> int:
     """Wait for the ranks; pass signals on; once one has failed, end the others by their ids."""
     interrupts = 0
 
@@ -101,7 +102,7 @@ def _watch(ranks: list[BaseProcess], run_dir: Path) -> int:
     return EXIT_DONE if failed is None else _code_of(ranks, failed, run_dir)
 
 
-def _code_of(ranks: list[BaseProcess], failed: BaseProcess, run_dir: Path) -> int:
+def _code_of(ranks: Sequence[BaseProcess], failed: BaseProcess, run_dir: Path) -> int:
     """Rank 0's own code where it has one: it speaks for the run. A rank that just died needs a person."""
     code = ranks[0].exitcode if ranks[0].exitcode and ranks[0].exitcode > 0 else failed.exitcode
     if code is None or code < 0 or code == EXIT_NEEDS_PERSON:
@@ -113,7 +114,7 @@ def _code_of(ranks: list[BaseProcess], failed: BaseProcess, run_dir: Path) -> in
     return code
 
 
-def _end(ranks: list[BaseProcess], grace_s: float = GRACE_S) -> None:
+def _end(ranks: Sequence[BaseProcess], grace_s: float = GRACE_S) -> None:
     """Ranks that waited for a dead one end by themselves or, after a grace, by force."""
     deadline = time.monotonic() + grace_s
     while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:

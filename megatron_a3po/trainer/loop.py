@@ -4,7 +4,6 @@ wait for the batch of this version -> align -> train on it -> publish the new we
 """
 
 import time
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from megatron_a3po.config import Config
 from megatron_a3po.errors import TrainingError
 from megatron_a3po.logs import StepFilter
 from megatron_a3po.rollout.client import RolloutClient
-from megatron_a3po.rollout.trajectory import Evaluation
 from megatron_a3po.trainer.batch import Batch, align, batch_path, save_batch
 from megatron_a3po.trainer.clock import Clock
 from megatron_a3po.trainer.journal import Journal
@@ -78,10 +76,7 @@ def train(run: Run) -> bool:
         metrics |= probe(run, metrics)
         write_down(run, batch, metrics, time.monotonic() - start)
         stop_where_nothing_is_learned(run, metrics)
-        if (
-            due(run.config.trainer.save_every, run.progress.step)
-            and run.progress.step < run.config.trainer.steps
-        ):
+        if due(run.config.trainer.save_every, run.progress.step):
             with run.clock("checkpoint"):
                 save(run)
     return True
@@ -125,8 +120,15 @@ def write_down(run: Run, batch: Batch, metrics: dict[str, Any], seconds: float) 
     if run.config.trainer.dump_batches:
         save_batch(batch_path(run.run_dir / "batches", step), batch)
     run.journal.step(step, version, batch, metrics)
-    if run.client is not None and due(run.config.trainer.evaluate_every, step):
-        run.journal.expect(step, run.client.evaluate(step))
+    run.progress.accuracy_before = run.journal.accuracy.get(0, run.progress.accuracy_before)
+    if due(run.config.trainer.evaluate_every, step) and step < run.config.trainer.steps:
+        evaluate(run)
+
+
+def evaluate(run: Run) -> None:
+    """Ask for the accuracy of the weights of this moment. Nobody waits: it is written down when it is there."""
+    if run.client is not None and run.journal is not None and run.config.data.held_out:
+        run.journal.expect(run.progress.step, run.client.evaluate(run.progress.step))
 
 
 def batch_metrics(batch: Batch) -> dict[str, Any]:
@@ -154,8 +156,3 @@ def stop_where_nothing_is_learned(run: Run, metrics: dict[str, Any]) -> None:
 
 def due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
-
-
-def result(future: "Future[Evaluation] | None") -> float | None:
-    """Accuracy of an evaluation that was asked for, waiting for it."""
-    return None if future is None else future.result().accuracy

@@ -14,6 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from megatron_a3po.algorithm.proximal import METHODS
+from megatron_a3po.algorithm.proximal import Method as Approximation
 from megatron_a3po.algorithm.statistics import (
     Statistics,
     approximation_statistics,
@@ -96,7 +97,7 @@ class Method:
             return fields.prox_logp
         return logp if mini_batch == 0 and self.name != "coupled" else None
 
-    def _measured_approximations(self) -> Sequence[str]:
+    def _measured_approximations(self) -> Sequence[Approximation]:
         match self.name:
             case "metrics":
                 return METHODS

@@ -3,7 +3,7 @@
 Its own optimizer, its own metrics under <run_dir>/warm_start/; it ends as version 0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,9 +39,8 @@ def warm_start(
     section: WarmStartSection,
     sequences: list[AlignedSequence],
     seed: int,
-    record: Callable[[int, dict[str, Any]], None],
-) -> None:
-    """`section.steps` optimizer steps on shuffled demonstrations; `record(step, metrics)` after each."""
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`section.steps` optimizer steps on shuffled demonstrations; yields (step, metrics) after each."""
     actor.start_stage(Schedule(section.lr, 0.0, section.lr_warmup_iters, "constant", section.steps))
     clock = Clock()
     for step in range(1, section.steps + 1):
@@ -55,7 +54,7 @@ def warm_start(
             )
         seconds = {f"time/{part}": value for part, value in clock.take().items()}
         trained = sum(sequence.denominator for sequence in mini_batch)
-        record(step, {"loss": loss, "grad_norm": update.grad_norm, "tokens/trained": trained, **seconds})
+        yield step, {"loss": loss, "grad_norm": update.grad_norm, "tokens/trained": trained, **seconds}
 
 
 def _mini_batch(sequences: list[AlignedSequence], seed: int, step: int, size: int) -> list[AlignedSequence]:
