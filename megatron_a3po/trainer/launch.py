@@ -25,6 +25,7 @@ from megatron_a3po.trainer import recovery
 from megatron_a3po.trainer.summary import closing_lines
 
 GRACE_S = 10.0
+CRASHED = 70  # between a rank and its parent only: it ended by an exception nobody foresaw
 
 
 def launch(config: Config, launched: Launch, *, resume: str) -> int:
@@ -58,7 +59,13 @@ def _launch_here(config: Config, resume: str) -> int:
 
         def rank_main(rank: int) -> None:
             _die_with_parent()
-            os._exit(_flushed(run_rank(config, Place(rank, world_size, rank, rendezvous), beginning, resume)))
+            try:
+                code = run_rank(config, Place(rank, world_size, rank, rendezvous), beginning, resume)
+            except Exception:
+                code = CRASHED
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
         context = multiprocessing.get_context("fork")
         ranks = [
@@ -103,15 +110,14 @@ def _watch(ranks: Sequence[BaseProcess], run_dir: Path) -> int:
 
 
 def _code_of(ranks: Sequence[BaseProcess], failed: BaseProcess, run_dir: Path) -> int:
-    """Rank 0's own code where it has one: it speaks for the run. A rank that just died needs a person."""
-    code = ranks[0].exitcode if ranks[0].exitcode and ranks[0].exitcode > 0 else failed.exitcode
-    if code is None or code < 0 or code == EXIT_NEEDS_PERSON:
-        code = EXIT_NEEDS_PERSON
-        log = run_dir / "logs" / f"{failed.name}.log"
-        sys.stderr.write(
-            f"{failed.name} (pid {failed.pid}) ended with {failed.exitcode}; why is at the end of {log}\n"
-        )
-    return code
+    """Rank 0's own code where it chose one: it has said why. A rank that crashed or was killed needs a person."""
+    for process in (ranks[0], failed):
+        if process.exitcode and process.exitcode > 0 and process.exitcode != CRASHED:
+            return process.exitcode
+    log = run_dir / "logs" / f"{failed.name}.log"
+    how = "crashed" if failed.exitcode == CRASHED else f"was ended by signal {-(failed.exitcode or 0)}"
+    sys.stderr.write(f"{failed.name} (pid {failed.pid}) {how}; why is at the end of {log}\n")
+    return EXIT_NEEDS_PERSON
 
 
 def _end(ranks: Sequence[BaseProcess], grace_s: float = GRACE_S) -> None:
@@ -130,9 +136,3 @@ def _die_with_parent() -> None:
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _flushed(code: int) -> int:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code

@@ -84,11 +84,16 @@ def train(run: Run) -> bool:
 
 def publish(run: Run) -> None:
     """Write the weights of the version just made and tell the rollout process. Collective."""
-    root, version = run.run_dir / "weights", run.progress.step
+    root, version = published_weights(run.config), run.progress.step
     run.actor.write_hugging_face(version_directory(root, version))
     if run.client is not None:
         run.client.publish(version, version_directory(root, version))
         forget_old_versions(root, keep=3 + run.config.rollout.bound)
+
+
+def published_weights(config: Config) -> Path:
+    """Where versions lie for the engines; gone when the run ends."""
+    return Path(config.run_dir) / "weights"
 
 
 def save(run: Run) -> None:

@@ -1,6 +1,7 @@
 """One trainer rank from its first line to its exit code: join the grid, build the actor, warm up, loop, export."""
 
 import logging
+import shutil
 import sys
 import traceback
 from contextlib import ExitStack
@@ -16,13 +17,13 @@ from megatron_a3po.actor.grid import Grid, build_grid, leave_grid
 from megatron_a3po.actor.optimizer import Schedule
 from megatron_a3po.config import Config, read_model_shape
 from megatron_a3po.config.plan import plan_lines
-from megatron_a3po.errors import EXIT_DONE, EXIT_NEEDS_PERSON, EXIT_STOPPED, A3POError
+from megatron_a3po.errors import EXIT_DONE, EXIT_STOPPED, A3POError
 from megatron_a3po.logs import StepFilter, set_up_logs
 from megatron_a3po.rollout.client import RolloutClient
 from megatron_a3po.rollout.prompts import read_examples, tokenize
 from megatron_a3po.trainer import loop, recovery
 from megatron_a3po.trainer.journal import Journal
-from megatron_a3po.trainer.loop import Progress, Run
+from megatron_a3po.trainer.loop import Progress, Run, published_weights
 from megatron_a3po.trainer.recovery import Beginning
 from megatron_a3po.trainer.source import LiveSource, ReplaySource, StopWish, from_main
 from megatron_a3po.trainer.warm_start import demonstrations, warm_start
@@ -42,7 +43,10 @@ class Place:
 
 
 def run_rank(config: Config, place: Place, beginning: Beginning | None, resume: str) -> int:
-    """Exit code of this rank. beginning: decided by the parent; None under a launcher, where rank 0 decides."""
+    """Exit code of this rank; what nobody foresaw is logged and raised.
+
+    beginning: decided by the parent; None under a launcher, where rank 0 decides.
+    """
     stop = StopWish()
     stop.listen()
     torch.set_num_threads(1)
@@ -72,11 +76,10 @@ def run_rank(config: Config, place: Place, beginning: Beginning | None, resume: 
         logger.error("stopped: %s", error)
         return error.exit_code
     except Exception:
-        # The process boundary. The first rank to fail has the cause; its peers follow with broken connections, so
-        # tracebacks go to the ranks' own files.
+        # The first rank to fail has the cause; its peers follow with broken connections. Each to its own file.
         set_up_logs(config.run_dir, f"rank-{place.rank}", speaks=False)
         logger.critical("rank %d failed:\n%s", place.rank, traceback.format_exc())
-        return EXIT_NEEDS_PERSON
+        raise
 
 
 def _session(
@@ -106,6 +109,7 @@ def _session(
         if config.needs_rollouts:
             client = _start_rollouts(config, actor, progress, rollout_state)
             if client is not None:
+                stack.callback(shutil.rmtree, published_weights(config), ignore_errors=True)
                 stack.callback(client.stop)
             source = LiveSource(grid, client, stop)
         else:
@@ -158,12 +162,11 @@ def _start_rollouts(
     config: Config, actor: Actor, progress: Progress, state: dict[str, Any] | None
 ) -> RolloutClient | None:
     """Publish the version the run goes on from and start generating with it; the client exists on rank 0 only."""
-    run_dir = Path(config.run_dir)
-    directory = version_directory(run_dir / "weights", progress.step)
+    directory = version_directory(published_weights(config), progress.step)
     actor.write_hugging_face(directory)
     if not actor.grid.is_main:
         return None
-    return RolloutClient.start(config, run_dir, state, progress.step, directory)
+    return RolloutClient.start(config, Path(config.run_dir), state, progress.step, directory)
 
 
 def _schedule(config: Config) -> Schedule:
