@@ -44,7 +44,33 @@ TRAINING = (
     Metric("rollout/dropped_groups", "groups dropped for being over the staleness bound", "0 but for `drop`"),
     Metric("rollout/filtered_groups", "groups of equal rewards, not trained on", "well below half"),
     Metric("rollout/truncated", "samples that ended at `rollout.max_response_tokens`", "few"),
+    Metric(
+        "rollout/failed_groups", "groups whose reward could not be computed; their prompts are replaced", "0"
+    ),
+    Metric("rollout/aborted", "samples the engine gave up; they are generated again", "0"),
+    Metric(
+        "rollout/tokens_per_s",
+        "tokens sampled a second since the batch before",
+        "above `tokens/trained` a step",
+    ),
+    Metric(
+        "rollout/sampled_while_training",
+        "tokens sampled between the step's first forward and last backward",
+        "> 0",
+    ),
+    Metric(
+        "rollout/multi_version_fraction",
+        "share of the trained responses with tokens of several versions",
+        "any",
+    ),
+    Metric(
+        "evaluation/accuracy",
+        "greedy accuracy on data.held_out, in the row of the step in which it came in",
+        "rises",
+    ),
+    Metric("evaluation/version", "version of the weights that accuracy is of", "a few steps back"),
     Metric("time/<part>", "seconds spent in one part of the step", "most of them in forward and backward"),
+    Metric("time/step", "seconds of the whole step, from the row before to this one", "steady"),
 )
 
 _RATIO, _WEIGHT = (

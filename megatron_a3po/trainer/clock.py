@@ -9,6 +9,7 @@ class Clock:
     """Adds up the seconds of named parts, and remembers when a part last ran."""
 
     def __init__(self) -> None:
+        self.started = time.monotonic()
         self.seconds: dict[str, float] = {}
         self.intervals: dict[str, list[tuple[float, float]]] = {}
 
@@ -23,6 +24,8 @@ class Clock:
             self.intervals.setdefault(part, []).append((start, end))
 
     def take(self) -> dict[str, float]:
-        """The seconds since the last call, by part; the clock starts again from nothing."""
-        seconds, self.seconds, self.intervals = self.seconds, {}, {}
-        return seconds
+        """`time/<part>` and, for all of it, `time/step`, since the last call; the clock starts again from nothing."""
+        now = time.monotonic()
+        seconds = {**self.seconds, "step": now - self.started}
+        self.started, self.seconds, self.intervals = now, {}, {}
+        return {f"time/{part}": value for part, value in seconds.items()}

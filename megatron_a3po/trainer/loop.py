@@ -3,7 +3,6 @@
 wait for the batch of this version -> align -> train on it -> publish the new weights -> write down what happened
 """
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,8 +57,8 @@ class Run:
 def train(run: Run) -> bool:
     """Steps until `trainer.steps`; False where a signal asked to stop before. Collective over all ranks."""
     method = Method.of(run.config.actor)
+    run.clock.take()
     while run.progress.step < run.config.trainer.steps:
-        start = time.monotonic()
         version = run.progress.step
         run.step_filter.step = version + 1
         with run.clock("wait_for_samples"):
@@ -74,7 +73,7 @@ def train(run: Run) -> bool:
             with run.clock("publish"):
                 publish(run)
         metrics |= probe(run, metrics)
-        write_down(run, batch, metrics, time.monotonic() - start)
+        write_down(run, batch, metrics)
         stop_where_nothing_is_learned(run, metrics)
         if due(run.config.trainer.save_every, run.progress.step):
             with run.clock("checkpoint"):
@@ -109,15 +108,14 @@ def save(run: Run) -> None:
     )
 
 
-def write_down(run: Run, batch: Batch, metrics: dict[str, Any], seconds: float) -> None:
+def write_down(run: Run, batch: Batch, metrics: dict[str, Any]) -> None:
     """Rank 0's notes on a step: metrics, samples, the batch itself, an evaluation that has come in."""
-    parts = {f"time/{part}": value for part, value in run.clock.seconds.items()} | {"time/step": seconds}
     intervals = run.clock.intervals.get("forward_backward", [])
-    run.clock.take()
+    seconds = run.clock.take()  # what comes after this counts for the next step
     if run.journal is None:
         return
     step, version = run.progress.step, batch.version
-    metrics |= run.source.statistics | batch_metrics(batch) | parts
+    metrics |= run.source.statistics | batch_metrics(batch) | seconds
     if run.client is not None and intervals:
         metrics["rollout/sampled_while_training"] = run.client.sampled_between(
             intervals[0][0], intervals[-1][1]

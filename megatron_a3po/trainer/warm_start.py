@@ -44,17 +44,15 @@ def warm_start(
     actor.start_stage(Schedule(section.lr, 0.0, section.lr_warmup_iters, "constant", section.steps))
     clock = Clock()
     for step in range(1, section.steps + 1):
-        with clock("step"):
-            mini_batch = _mini_batch(sequences, seed, step, section.batch_size)
-            update = actor.update(actor.pack(mini_batch), supervised_objective, clock)
-            loss = _mean_loss(actor, update.loss_sum, update.denominator)
+        mini_batch = _mini_batch(sequences, seed, step, section.batch_size)
+        update = actor.update(actor.pack(mini_batch), supervised_objective, clock)
+        loss = _mean_loss(actor, update.loss_sum, update.denominator)
         if not update.applied:
             raise TrainingError(
                 f"the warm start's loss or gradient is not finite at step {step}; lower warm_start.lr={section.lr}"
             )
-        seconds = {f"time/{part}": value for part, value in clock.take().items()}
         trained = sum(sequence.denominator for sequence in mini_batch)
-        yield step, {"loss": loss, "grad_norm": update.grad_norm, "tokens/trained": trained, **seconds}
+        yield step, {"loss": loss, "grad_norm": update.grad_norm, "tokens/trained": trained, **clock.take()}
 
 
 def _mini_batch(sequences: list[AlignedSequence], seed: int, step: int, size: int) -> list[AlignedSequence]:
