@@ -15,7 +15,7 @@ INSTALL_INPUTS = pyproject.toml setup.py tools/install.sh
 NEWEST_TESTS = tests/actor tests/vocab_parallel tests/distributed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-newest check format gpu-check
+.PHONY: help install quickstart test test-slow test-newest check format gpu-check
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -32,6 +32,9 @@ quickstart: $(VENV)/.installed ## train a small model end to end: TP 2 x PP 2, a
 
 test: $(VENV)/.installed ## every test this machine can run; lists what it had to leave out
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.installed ## the tests that take minutes, run before a release
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-newest: ## the actor's and the loss layer's tests on the newest supported Megatron-Core (Python 3.12)
 	@if [ -n "$(PYTHON_NEWEST)" ]; then $(MAKE) --no-print-directory run-test-newest; else \
