@@ -25,10 +25,12 @@ from torch.nn.functional import scaled_dot_product_attention
 class PackedSequences(PackedSeqParams):
     """Where the sequences of a pack lie: `lengths` on the host, `cu_seqlens_q` int32 [sequences + 1] on the device.
 
-    Rows past the last sequence are padding; attention leaves zeros there.
+    Rows past the last sequence are padding; attention leaves zeros there. `num_tokens` counts real tokens: a pack
+    without a sequence attends over its padding, so that it can run beside its peers.
     """
 
     lengths: tuple[int, ...] = ()
+    num_tokens: int = 0
 
 
 class RMSNorm(torch.nn.RMSNorm):

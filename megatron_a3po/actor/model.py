@@ -57,7 +57,8 @@ class TargetPolicy(LanguageModule):
         self.rotary_pos_emb = RotaryEmbedding(
             shape.head_dim,
             rotary_percent=1.0,
-            rotary_base=shape.rope_theta,  # pyright: ignore[reportArgumentType] use_cpu_initialization=True
+            rotary_base=shape.rope_theta,  # pyright: ignore[reportArgumentType]
+            use_cpu_initialization=True,
         )
         spec = block_spec(config, vp_stage=vp_stage, pp_rank=pp_rank, transformer_engine=transformer_engine)
         self.decoder = TransformerBlock(
@@ -90,12 +91,19 @@ class TargetPolicy(LanguageModule):
 
     def forward(self, tokens: Tensor, position_ids: Tensor, packed: PackedSequences) -> Tensor:
         """tokens, position_ids int64 [1, rows] -> hidden [rows (/TP under sequence parallelism), 1, hidden]."""
-        self.tokens_forwarded += sum(packed.lengths)
+        self.tokens_forwarded += packed.num_tokens
         hidden = self.embedding(tokens, position_ids) if self.pre_process else None
         rotary = self.rotary_pos_emb.get_emb(max(packed.lengths))[position_ids[0]]
         return self.decoder(
             hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed
         )
+
+
+class HalfPrecision(Float16Module):
+    """Megatron-Core's wrapper, but the last stage's hidden states stay in the precision of the weight they meet."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*inputs, fp32_output=False, **kwargs)
 
 
 def transformer_config(actor: ActorSection, shape: ModelShape) -> TransformerConfig:
@@ -171,7 +179,7 @@ def build_model(actor: ActorSection, shape: ModelShape, grid: Grid) -> list[Dist
             transformer_engine=transformer_engine,
         ).to(grid.device)
         _mark_shards(stage)
-        chunks.append(Float16Module(config, stage) if actor.bf16 else stage)
+        chunks.append(HalfPrecision(config, stage) if actor.bf16 else stage)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,

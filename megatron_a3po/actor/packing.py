@@ -129,7 +129,10 @@ def pack(sequences: list[AlignedSequence], rows: int, grid: Grid, *, sequence_pa
         tokens=torch.from_numpy(tokens)[None].to(grid.device),
         position_ids=torch.from_numpy(position_ids)[None].to(grid.device),
         packed=PackedSequences(
-            qkv_format="sbhd", cu_seqlens_q=torch.from_numpy(cu_seqlens).to(grid.device), lengths=attended
+            qkv_format="sbhd",
+            cu_seqlens_q=torch.from_numpy(cu_seqlens).to(grid.device),
+            lengths=attended,
+            num_tokens=used,
         ),
         rows=_trained_rows(trained, rows, grid, sequence_parallel),
         fields=TokenFields(
