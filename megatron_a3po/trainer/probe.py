@@ -40,13 +40,11 @@ def compare(actor: Any, trajectory: Trajectory) -> dict[str, float]:
     sequence: AlignedSequence = supervised_sequence(trajectory.name, prompt, response)
     packs = actor.pack([sequence])
     difference = torch.zeros(3, dtype=torch.float64, device=actor.grid.device)
-    for pack, (logp, _) in zip(packs, actor.score(packs), strict=False):
+    for logp, _ in actor.score(packs):
         if len(logp):
             behave = shift_to_predictions(trajectory.behave_logp, 0.0)[sequence.loss_mask]
             found = (logp.double() - torch.from_numpy(behave).to(logp.device)).abs()
-            difference = torch.stack(
-                [found.mean(), found.max(), torch.tensor(float(len(pack.fields.labels)))]
-            )
+            difference = torch.stack([found.mean(), found.max(), found.new_tensor(len(found))])
     torch.distributed.all_reduce(difference, op=torch.distributed.ReduceOp.MAX)
     average, largest, count = difference.tolist()
     return {
