@@ -122,4 +122,8 @@ def _die_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    logging.shutdown()
+    os._exit(
+        code
+    )  # nothing is left to clean up, and taking the interpreter down with torch in it costs seconds

@@ -6,7 +6,7 @@ then the cache of every unfinished prefix is computed again before the next toke
 """
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from megatron_a3po.rollout.engines.row_cache import RowCache
 from megatron_a3po.rollout.trajectory import FinishReason
 
 PREFILL_TOKENS = 4096
+PADDED_AT_MOST = 1.2
+REFILL_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class Decoder:
         return finished
 
     def _fill_rows(self) -> None:
+        # A prefill costs a forward however small it is: wait for a few free rows unless all that queue find one.
+        if self.max_rows - self.num_active < min(len(self._queue), max(1, self.max_rows // REFILL_SHARE)):
+            return
         while self._queue and self.num_active < self.max_rows:
             request, ticket = self._queue.popleft()
             row, prompt_length = self.num_active, len(request.prompt_tokens)
@@ -107,12 +112,27 @@ class Decoder:
         rows = np.flatnonzero(~self._cached[: self.num_active])
         self._cached[rows] = True
         rows = rows[self._length[rows] > 1]
+        # The samples of one prompt begin with the same prefix: compute it once and copy it.
+        first_with: dict[bytes, int] = {}
+        first = [
+            first_with.setdefault(self._tokens[row, : self._length[row] - 1].tobytes(), row) for row in rows
+        ]
+        for chunk in self._chunks(np.array(list(first_with.values()), dtype=np.int64)):
+            self._prefill_rows(chunk)
+        copies = rows != first
+        if copies.any():
+            self._copy_cache(np.array(first)[copies], rows[copies])
+
+    def _chunks(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Rows to prefill together: of similar length, so that little is padded, and not too many tokens."""
         rows = rows[np.argsort(self._length[rows], kind="stable")]
         while len(rows):
-            # Rows ascend in length: take as many as fit when padded to the longest of them.
-            padded = (np.arange(len(rows)) + 1) * (self._length[rows] - 1)
-            count = max(1, int(np.searchsorted(padded, PREFILL_TOKENS, side="right")))
-            self._prefill_rows(rows[:count])
+            length = self._length[rows] - 1
+            fits = (np.arange(1, len(rows) + 1) * length <= PREFILL_TOKENS) & (
+                length <= PADDED_AT_MOST * length[0] + 2
+            )
+            count = max(1, int(fits.sum()))
+            yield rows[:count]
             rows = rows[count:]
 
     def _prefill_rows(self, rows: np.ndarray) -> None:
@@ -210,10 +230,11 @@ class Decoder:
             self._requests[target] = self._requests[source]
         self._requests[num_alive : self.num_active] = [None] * (self.num_active - num_alive)
         if len(targets):
-            self._cache.move(
-                torch.from_numpy(sources).to(self.device), torch.from_numpy(targets).to(self.device)
-            )
+            self._copy_cache(sources, targets)
         self.num_active = num_alive
+
+    def _copy_cache(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        self._cache.copy(torch.from_numpy(sources).to(self.device), torch.from_numpy(targets).to(self.device))
 
     def _reserve(self, num_columns: int) -> None:
         if num_columns <= self._tokens.shape[1]:

@@ -51,8 +51,8 @@ class RowCache:
         all_values[self._rows, :, self._positions] = values[:, :, 0]
         return all_keys[: self._num_rows, :, : self._width], all_values[: self._num_rows, :, : self._width]
 
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy whole rows, so that the rows in use stay the first ones."""
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy whole rows onto others."""
         for tensor in (*self._keys, *self._values):
             tensor[targets] = tensor[sources]
 
