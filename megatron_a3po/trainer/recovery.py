@@ -45,6 +45,7 @@ def begin(config: Config, resume: str) -> Beginning:
     run_dir = Path(config.run_dir)
     if resume not in ("auto", "never"):
         checkpoint = _checkpoint_at(Path(resume))
+        _refuse_another_configuration(run_dir, config)
         return Beginning("continue", _next_attempt(run_dir), checkpoint)
     if resume == "never" and run_dir.exists():
         aside = next(
@@ -56,16 +57,21 @@ def begin(config: Config, resume: str) -> Beginning:
         logger.info("moved the old run to %s", aside)
     if not (run_dir / "config.yaml").is_file():
         return Beginning("new")
-    if keys := differing_keys(run_dir / "config.yaml", config):
+    _refuse_another_configuration(run_dir, config)
+    if (run_dir / "summary.json").is_file():
+        summary = json.loads((run_dir / "summary.json").read_text())
+        if summary["status"] == "done":
+            return Beginning("finished", summary=summary)
+    return Beginning("continue", _next_attempt(run_dir), latest_checkpoint(run_dir))
+
+
+def _refuse_another_configuration(run_dir: Path, config: Config) -> None:
+    file = run_dir / "config.yaml"
+    if file.is_file() and (keys := differing_keys(file, config)):
         raise ConfigError(
             f"{run_dir} holds a run with another configuration (different: {', '.join(keys)}); give this one its own "
-            f"directory with run_dir=..., or move the old one aside with --resume never"
+            f"directory with run_dir=..., or move the old one aside with --resume never."
         )
-    if (run_dir / "summary.json").is_file() and json.loads((run_dir / "summary.json").read_text())[
-        "status"
-    ] == "done":
-        return Beginning("finished", _next_attempt(run_dir))
-    return Beginning("continue", _next_attempt(run_dir), latest_checkpoint(run_dir))
 
 
 def claim(config: Config, attempt: int) -> None:

@@ -26,6 +26,7 @@ from megatron_a3po.trainer.journal import Journal
 from megatron_a3po.trainer.loop import Progress, Run, published_weights
 from megatron_a3po.trainer.recovery import Beginning
 from megatron_a3po.trainer.source import LiveSource, ReplaySource, StopWish, from_main
+from megatron_a3po.trainer.summary import closing_lines
 from megatron_a3po.trainer.warm_start import demonstrations, warm_start
 from megatron_a3po.weights.publishing import version_directory
 
@@ -50,7 +51,9 @@ def run_rank(config: Config, place: Place, beginning: Beginning | None, resume: 
     stop = StopWish()
     stop.listen()
     torch.set_num_threads(1)
-    step_filter = set_up_logs(config.run_dir, f"rank-{place.rank}", speaks=place.rank == 0)
+    # Until it is decided what becomes of the run directory, nothing is written there.
+    decided = config.run_dir if beginning else None
+    step_filter = set_up_logs(decided, f"rank-{place.rank}", speaks=place.rank == 0)
     try:
         grid = build_grid(
             config.actor,
@@ -61,12 +64,13 @@ def run_rank(config: Config, place: Place, beginning: Beginning | None, resume: 
             seed=config.trainer.seed,
             timeout_s=config.distributed.timeout_s,
         )
-        beginning = beginning or from_main(grid, lambda: recovery.begin(config, resume))
-        code = (
-            EXIT_DONE
-            if beginning.kind == "finished"
-            else _session(config, grid, beginning, stop, step_filter)
-        )
+        if beginning is None:
+            beginning = from_main(grid, lambda: recovery.begin(config, resume))
+            step_filter = set_up_logs(config.run_dir, f"rank-{place.rank}", speaks=place.rank == 0)
+        if beginning.kind == "finished":
+            code = _show_finished(grid, beginning)
+        else:
+            code = _session(config, grid, beginning, stop, step_filter)
         leave_grid()
         return code
     except A3POError as error:
@@ -80,6 +84,12 @@ def run_rank(config: Config, place: Place, beginning: Beginning | None, resume: 
         set_up_logs(config.run_dir, f"rank-{place.rank}", speaks=False)
         logger.critical("rank %d failed:\n%s", place.rank, traceback.format_exc())
         raise
+
+
+def _show_finished(grid: Grid, beginning: Beginning) -> int:
+    if grid.is_main:
+        sys.stdout.write("\n".join(closing_lines(beginning.summary)) + "\n")
+    return EXIT_DONE
 
 
 def _session(
