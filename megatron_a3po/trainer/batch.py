@@ -43,7 +43,10 @@ def align(batch: Batch, actor: ActorSection, rollout: RolloutSection) -> list[li
         [[_reward(trajectory) for trajectory in group.trajectories] for group in batch.groups],
         dtype=np.float64,
     )
-    advantages = group_advantages(rewards, actor.advantage)
+    # The loss has them in float32, where finite rewards may have overflowed.
+    with np.errstate(over="ignore", invalid="ignore"):
+        advantages = group_advantages(rewards, actor.advantage).astype(np.float32)
+    _check_advantages(batch, advantages)
     per_mini_batch = len(batch.groups) // actor.num_mini_batches
     mini_batches = []
     for first in range(0, len(batch.groups), per_mini_batch):
@@ -85,6 +88,20 @@ def _reward(trajectory: Trajectory) -> float:
             f"{trajectory.name}: the reward is {trajectory.reward}; the reward must return a number"
         )
     return trajectory.reward
+
+
+def _check_advantages(batch: Batch, advantages: np.ndarray) -> None:
+    finite = np.isfinite(advantages.ravel())
+    if not finite.all():
+        # One reward spoils a whole group: the largest is the one to look at.
+        spoiled = [
+            trajectory for trajectory, fine in zip(batch.trajectories, finite, strict=True) if not fine
+        ]
+        culprit = max(spoiled, key=lambda trajectory: abs(_reward(trajectory)))
+        raise TrainingError(
+            f"{culprit.name}: the advantage is not finite, from a reward of {culprit.reward}; rewards must be of a "
+            "size whose differences float32 holds"
+        )
 
 
 def _align_one(
