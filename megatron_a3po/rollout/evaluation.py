@@ -1,4 +1,7 @@
-"""Greedy accuracy on held-out prompts: on the engine of a run without pausing it, or of a checkpoint on its own."""
+"""Greedy accuracy on held-out prompts, on an engine that may be busy training meanwhile.
+
+For a checkpoint without a run see `checkpoint_evaluation.py`.
+"""
 
 import asyncio
 from collections.abc import Sequence
