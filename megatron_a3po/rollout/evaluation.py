@@ -1,6 +1,6 @@
 """Greedy accuracy on held-out prompts, on an engine that may be busy training meanwhile.
 
-For a checkpoint without a run see `checkpoint_evaluation.py`.
+A checkpoint without a run is evaluated by `trainer/evaluation.py`, with this function.
 """
 
 import asyncio

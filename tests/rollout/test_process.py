@@ -15,7 +15,6 @@ import pytest
 
 from megatron_a3po.config import Config, load_config
 from megatron_a3po.errors import InputError, RewardError, RolloutError
-from megatron_a3po.rollout.checkpoint_evaluation import evaluate_checkpoint
 from megatron_a3po.rollout.client import RolloutClient
 from megatron_a3po.rollout.trajectory import Group, RolloutBatch
 
@@ -119,14 +118,6 @@ def test_batches_publishing_evaluation_and_statistics(start: Starter, versions: 
     assert set(probe.versions.tolist()) == {-1, 1}
     assert client.sampled_between(0, time.monotonic()) > 100
     assert "version 0 from" in (tmp_path / "run/logs/rollout.log").read_text()
-
-
-def test_a_checkpoint_is_evaluated_without_a_run(tmp_path: Path, versions: list[Path]):
-    config = write_config(tmp_path, versions, "reward.path=tests.rollout.test_process:length_reward")
-    evaluation = evaluate_checkpoint(config, versions[1], limit=9)
-    assert evaluation.num_prompts == 9
-    assert evaluation == evaluate_checkpoint(config, versions[1], limit=9)
-    assert evaluation.accuracy != evaluate_checkpoint(config, versions[2], limit=9).accuracy
 
 
 def test_publishing_waits_for_nothing_and_the_newest_wins(start: Starter, versions: list[Path]):
