@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_a3po.actor.actor import Actor
+from megatron_a3po.actor.model import unwrap
 from megatron_a3po.actor.optimizer import Optimizer
 
 # Given to model and optimizer alike. Source: megatron.training.checkpointing._build_sharded_state_dict_metadata.
@@ -43,7 +44,7 @@ def load(actor: Actor, directory: Path) -> None:
     with _torch_adam_step_is_carried(optimizers):
         state: Any = dist_checkpointing.load(_sharded_state(actor, is_loading=True), str(directory))
         for number, chunk in enumerate(actor.model):
-            chunk.load_state_dict(state[_model_key(actor, number)])
+            unwrap(chunk).load_state_dict(state[_model_key(actor, number)])
         _optimizer(actor).megatron.load_state_dict(state["optimizer"])
     for optimizer in optimizers:
         _give_each_parameter_its_own_step(optimizer.optimizer)
@@ -53,12 +54,13 @@ def load(actor: Actor, directory: Path) -> None:
 def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
     optimizer = _optimizer(actor)
     state: dict[str, Any] = {
-        _model_key(actor, number): chunk.sharded_state_dict(metadata=dict(_METADATA))
+        _model_key(actor, number): unwrap(chunk).sharded_state_dict(metadata=dict(_METADATA))
         for number, chunk in enumerate(actor.model)
     }
-    state["optimizer"] = optimizer.megatron.sharded_state_dict(
-        state, is_loading=is_loading, metadata=dict(_METADATA)
-    )
+    with _buckets_counted_with_padding(optimizer):
+        state["optimizer"] = optimizer.megatron.sharded_state_dict(
+            state, is_loading=is_loading, metadata=dict(_METADATA)
+        )
     state["scheduler"] = optimizer.scheduler.state_dict()
     return state
 
@@ -91,6 +93,24 @@ def _ensure_moments(optimizer: DistributedOptimizer) -> None:
         for parameter in group["params"]:
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             inner.state[parameter] = {"step": torch.zeros(()), **moments}
+
+
+@contextmanager
+def _buckets_counted_with_padding(optimizer: Optimizer) -> Iterator[None]:
+    """Megatron-Core gathers a buffer without the padding between its buckets, and then cuts it by offsets that count
+    the padding: with several buckets (a tied embedding on a pipeline has its own, overlap_grad_reduce makes more) and
+    a size that is no multiple of the padding, moments and master weights are cut from the wrong places, silently."""
+    buffers = [buffer for one in _distributed_optimizers(optimizer) for buffer in one.buffers]
+    padded = {bucket: bucket.grad_data.numel() for buffer in buffers for bucket in buffer.buckets}
+    padded |= {buffer: buffer.numel for buffer in buffers}
+    unpadded = {one: one.numel_unpadded for one in padded}
+    for one, numel in padded.items():
+        one.numel_unpadded = numel
+    try:
+        yield
+    finally:
+        for one, numel in unpadded.items():
+            one.numel_unpadded = numel
 
 
 # Two mends for torch's Adam, which Megatron-Core uses where neither Transformer Engine nor NVIDIA Apex is installed.
