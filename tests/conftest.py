@@ -17,6 +17,14 @@ NO_GPU = "no GPU"
 OTHER_PAIR = "needs the newest megatron-core: `make test-newest` runs it"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--regenerate-golden",
+        action="store_true",
+        help="write tests/golden/ anew from what this run computes",
+    )
+
+
 def missing_gpu() -> str | None:
     """Why tests marked `gpu` cannot run, if so."""
     import torch

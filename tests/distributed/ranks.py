@@ -38,17 +38,18 @@ class RanksFailed(AssertionError):
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0, joined: bool = True
 ) -> list[Any]:
     """[function(rank, world_size, *args) on each rank], in the default process group of that many gloo ranks.
 
-    Results must be picklable. Raises RanksFailed when any rank raises, dies or is not done after `timeout_s`.
+    Unless `joined`, the function makes the default process group itself. Results must be picklable. Raises RanksFailed when any rank raises, dies or is not done after `timeout_s`.
     """
     assert torch.get_num_threads() == 1, "ranks are forked: keep the parent at torch.set_num_threads(1)"
     assert not dist.is_initialized(), "ranks are forked: the parent must have no process group"
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks = [
-            _Rank(rank, world_size, Path(folder), function, args, timeout_s) for rank in range(world_size)
+            _Rank(rank, world_size, Path(folder), function, args, timeout_s, joined)
+            for rank in range(world_size)
         ]
         try:
             _collect(ranks, time.monotonic() + timeout_s)
@@ -71,13 +72,15 @@ class _Rank:
         function: Callable[..., Any],
         args: tuple,
         timeout_s: float,
+        joined: bool,
     ):
         self.rank, self.stack_file, self.outcome = rank, folder / f"stack-{rank}", None
         self.outcome: Outcome | None
         self.receiver, sender = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("fork")
         self.process: BaseProcess = context.Process(
-            target=_main, args=(sender, rank, world_size, folder, self.stack_file, function, args, timeout_s)
+            target=_main,
+            args=(sender, rank, world_size, folder, self.stack_file, function, args, timeout_s, joined),
         )
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -140,6 +143,7 @@ def _main(
     function: Callable[..., Any],
     args: tuple,
     timeout_s: float,
+    joined: bool,
 ) -> None:
     """A rank's life: join the group, run, send the outcome. The process ends without the parent's exit handlers."""
     outcome: Outcome
@@ -147,15 +151,21 @@ def _main(
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no dependence on the machine's host name
         try:
-            store = dist.FileStore(str(folder / "store"), world_size)  # pyright: ignore[reportPrivateImportUsage]
-            dist.init_process_group(
-                "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
-            )
+            if joined:
+                _join(rank, world_size, folder, timeout_s)
             outcome = "returned", function(rank, world_size, *args)
-            dist.barrier()  # nobody leaves while another still needs its connection
+            if dist.is_initialized():
+                dist.barrier()  # nobody leaves while another still needs its connection
         except BaseException:  # the boundary of a process: whatever it was, the parent shows it
             outcome = "raised", traceback.format_exc()
         sender.send_bytes(pickle.dumps(outcome))
         sender.close()
     sys.stdout.flush()
     os._exit(0)
+
+
+def _join(rank: int, world_size: int, folder: Path, timeout_s: float) -> None:
+    store = dist.FileStore(str(folder / "store"), world_size)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+    )

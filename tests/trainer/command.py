@@ -52,6 +52,10 @@ class Command:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def pause(self, seconds: float = 0.03) -> None:
+        """Time for it to take a signal in: two at once would be one."""
+        time.sleep(seconds)
+
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
         """Until `condition` holds; an AssertionError with the command's output if it ends or hangs before."""
         deadline = time.monotonic() + timeout_s
@@ -111,8 +115,11 @@ class Command:
             self._status = os.waitpid(self.pid, 0)[1]
 
 
-def fork(folder: Path, *argv: str) -> Command:
-    """`main(argv)` in a fork of this process; its output goes into a file in `folder`."""
+def fork(folder: Path, *argv: str, before: Callable[[], None] | None = None) -> Command:
+    """`main(argv)` in a fork of this process; its output goes into a file in `folder`.
+
+    before: called in the fork first, so that what it replaces is replaced for this command and its ranks alone.
+    """
     output = _output(folder)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -120,7 +127,7 @@ def fork(folder: Path, *argv: str) -> Command:
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of any thread in the parent
         pid = os.fork()
     if pid == 0:
-        _be_the_command(output, argv)
+        _be_the_command(output, argv, before)
     return Command(pid, output)
 
 
@@ -151,7 +158,7 @@ def _output(folder: Path) -> Path:
     return folder / f"output-{len(list(folder.glob('output-*')))}.txt"
 
 
-def _be_the_command(output: Path, argv: tuple[str, ...]) -> None:
+def _be_the_command(output: Path, argv: tuple[str, ...], before: Callable[[], None] | None) -> None:
     code = 1
     try:
         os.setsid()
@@ -165,6 +172,8 @@ def _be_the_command(output: Path, argv: tuple[str, ...]) -> None:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         for name in LAUNCHER_VARIABLES:
             os.environ.pop(name, None)
+        if before is not None:
+            before()
         code = main(list(argv))
     except BaseException:
         traceback.print_exc()
