@@ -4,10 +4,12 @@ All checks on a batch's numbers are here, on the host, before the step: a traine
 future, or with a log-prob, reward or advantage that is not finite names its trajectory and stops the run.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -173,10 +175,10 @@ def save_batch(path: Path, batch: Batch) -> None:
 def load_batch(path: Path) -> Batch:
     """A batch that `save_batch` kept. Errors: InputError names the file."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = dict(archive)
         return _batch_of(arrays)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile, zlib.error) as error:
         raise InputError(
             f"{path} is no batch of this program ({error}); write it with trainer.dump_batches"
         ) from None
