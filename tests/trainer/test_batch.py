@@ -180,5 +180,5 @@ def test_a_file_that_is_no_batch_is_named(tmp_path: Path, content: bytes | str) 
         save_batch(path, batch_of(1))
         whole = path.read_bytes()
         path.write_bytes(content if isinstance(content, bytes) else whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="step-000001.npz is no batch of this program"):
+    with pytest.raises(InputError, match=r"step-000001\.npz is no batch of this program"):
         load_batch(path)
