@@ -1,7 +1,8 @@
 """What a training step costs: every way to have the proximal policy against `loglinear`, in one run.
 
 All implementations share one process group, one model and one batch, and take turns in every round, so that what
-disturbs the machine disturbs all alike; ratios are medians over rounds of times of the same round. Besides them run
+disturbs the machine disturbs all alike; ratios are medians over rounds of times of the same round. `CPU ratio` is of
+processor time over all ranks, which a busy machine disturbs less. Besides them run
 
     one forward     scoring the whole batch: what a step of forced recompute should cost more than `loglinear`
     bare            forward-backward and optimizer of the same packs by Megatron-Core's own calls: what is not
@@ -107,10 +108,11 @@ def _section(arguments: argparse.Namespace, **changes: Any) -> ActorSection:
 
 @dataclass
 class Measurement:
-    """One implementation, on this rank: a round's seconds, its parts and its peak memory, each once a round."""
+    """One implementation, on this rank: seconds, processor seconds, parts and peak memory, each once a round."""
 
     run: Callable[[Clock], dict[str, float]]
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     parts: list[dict[str, float]] = field(default_factory=list)
     peak_mb: list[float] = field(default_factory=list)
     forwards_per_token: float | None = None
@@ -119,9 +121,11 @@ class Measurement:
 @dataclass(frozen=True)
 class Found:
     """One implementation over all ranks: seconds of each round are the slowest rank's; parts, of the median round, the
-    mean over ranks, so waiting for another stage counts; peak memory of a pipeline stage its largest rank's."""
+    mean over ranks, so waiting for another stage counts; processor time is the sum over ranks; peak memory of a
+    pipeline stage its largest rank's."""
 
     rounds: list[float]
+    cpu_rounds: list[float]
     parts: dict[str, float]
     peak_mb_by_stage: list[float]
     forwards_per_token: float | None
@@ -215,10 +219,10 @@ class Benchmark:
         dist.barrier()
         reset_peak_memory(device)
         dist.barrier()
-        start = time.monotonic()
+        start, cpu_start = time.monotonic(), time.process_time()
         metrics = measurement.run(clock)
         wait_for(device)
-        seconds = time.monotonic() - start
+        seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
         if metrics.get("steps_skipped"):
             raise RuntimeError(
                 "a synthetic step met a loss or gradient that is not finite; try another --seed"
@@ -226,21 +230,26 @@ class Benchmark:
         measurement.forwards_per_token = metrics.get("forwards_per_token")
         if keep:
             measurement.seconds.append(seconds)
+            measurement.cpu_seconds.append(cpu_seconds)
             measurement.parts.append(clock.seconds)
             measurement.peak_mb.append(peak_memory_mb(device))
 
     def _gathered(self, case: dict[str, Measurement]) -> dict[str, Found]:
         """What all ranks measured of a case, by implementation."""
-        own = {name: (m.seconds, m.parts, max(m.peak_mb), self.grid.pp.rank) for name, m in case.items()}
+        own = {
+            name: (m.seconds, m.cpu_seconds, m.parts, max(m.peak_mb), self.grid.pp.rank)
+            for name, m in case.items()
+        }
         everyone: list[Any] = [None] * self.grid.world_size
         dist.all_gather_object(everyone, own, group=self.grid.host_group)
         found = {}
         for name, measurement in case.items():
-            seconds, parts, peaks, stages = zip(*(rank[name] for rank in everyone), strict=True)
+            seconds, cpu_seconds, parts, peaks, stages = zip(*(rank[name] for rank in everyone), strict=True)
             rounds = [max(times) for times in zip(*seconds, strict=True)]
             typical = rounds.index(statistics.median_low(rounds))
             found[name] = Found(
                 rounds,
+                [sum(times) for times in zip(*cpu_seconds, strict=True)],
                 {part: statistics.fmean(rank[typical].get(part, 0.0) for rank in parts) for part in PARTS},
                 [
                     max(peak for peak, stage in zip(peaks, stages, strict=True) if stage == wanted)
@@ -253,12 +262,14 @@ class Benchmark:
     def _rows(self, num_mini_batches: int, found: dict[str, Found]) -> list[Row]:
         base = f"{num_mini_batches} mini-batch{'es' if num_mini_batches > 1 else ''}"
         forward = ratio(found[FORWARD].rounds, found[LOGLINEAR].rounds)
+        cpu_forward = ratio(found[FORWARD].cpu_rounds, found[LOGLINEAR].cpu_rounds)
         rows = []
         for name in (*METHODS, FORWARD):
             row = _row(base, name, found[name], found[LOGLINEAR])
             passes = row["forwards_per_token"]
             # Every forward beyond the first is one of scoring, of as many tokens.
             row["predicted_ratio"] = None if passes is None else 1 + (passes - 1) * forward
+            row["predicted_cpu_ratio"] = None if passes is None else 1 + (passes - 1) * cpu_forward
             rows.append(row)
         overhead = f"{base}, the loop's overhead"
         rows.append(_row(overhead, BARE, found[BARE], found[BARE]))
@@ -273,6 +284,8 @@ def _row(case: str, implementation: str, found: Found, baseline: Found) -> Row:
         "implementation": implementation,
         "seconds": seconds,
         "ratio": ratio(found.rounds, baseline.rounds),
+        "cpu_seconds": statistics.median(found.cpu_rounds),
+        "cpu_ratio": ratio(found.cpu_rounds, baseline.cpu_rounds),
         "peak_mb": max(found.peak_mb_by_stage),
         "peak_mb_by_stage": found.peak_mb_by_stage,
         "rounds": len(found.rounds),
@@ -342,6 +355,8 @@ def _tables(rows: list[Row]) -> Iterator[str]:
         "s",
         "ratio",
         "predicted",
+        "CPU ratio",
+        "CPU predicted",
         "forwards",
         *(part.replace("_", " ") for part in PARTS),
         "other",
@@ -352,7 +367,8 @@ def _tables(rows: list[Row]) -> Iterator[str]:
         for row in (row for row in rows if row["case"] == case):
             seconds = [f"{row[f'{part}_s']:.3f}" for part in (*PARTS, "other")]
             stages = " / ".join(f"{value:.0f}" for value in row["peak_mb_by_stage"])
-            numbers = [row["ratio"], row.get("predicted_ratio"), row["forwards_per_token"]]
+            names = ("ratio", "predicted_ratio", "cpu_ratio", "predicted_cpu_ratio", "forwards_per_token")
+            numbers = [row.get(name) for name in names]
             known = ["" if number is None else f"{number:.3f}" for number in numbers]
             cells = [row["implementation"], f"{row['seconds']:.3f}", *known, *seconds, stages]
             lines.append(f"| {' | '.join(cells)} |")
