@@ -42,7 +42,8 @@ def run_ranks(
 ) -> list[Any]:
     """[function(rank, world_size, *args) on each rank], in the default process group of that many gloo ranks.
 
-    Unless `joined`, the function makes the default process group itself. Results must be picklable. Raises RanksFailed when any rank raises, dies or is not done after `timeout_s`.
+    Unless `joined`, the function makes the default process group itself. Results must be picklable. Raises RanksFailed
+    when any rank raises, dies or is not done after `timeout_s`.
     """
     assert torch.get_num_threads() == 1, "ranks are forked: keep the parent at torch.set_num_threads(1)"
     assert not dist.is_initialized(), "ranks are forked: the parent must have no process group"
