@@ -1,5 +1,6 @@
 """What happened in the rollout process since the last batch, counted as it happens."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +23,12 @@ class RolloutCounters:
         self.rewards += sum(trajectory.reward or 0.0 for trajectory in group.trajectories)
         self.scored += len(group.trajectories)
         self.truncated += sum(trajectory.finish_reason == "length" for trajectory in group.trajectories)
+
+    def count_only(self, groups: Iterable[Group]) -> None:
+        """Forget what was counted and count these: where a batch's metrics are to be its own, not the moment's."""
+        self.__init__()
+        for group in groups:
+            self.count_scored(group)
 
     def take(self) -> dict[str, float]:
         """The metrics of a batch, by their names in the metrics file; counting starts again."""
