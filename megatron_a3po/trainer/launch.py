@@ -100,13 +100,19 @@ def _watch(ranks: Sequence[BaseProcess], run_dir: Path) -> int:
         if interrupts > 1:
             _end(ranks, grace_s=0)
             return EXIT_INTERRUPTED
-        failed = next((process for process in ranks if process.exitcode), None)
+        failed = _failed(ranks)
         if failed is not None:
             _end(ranks)
             return _code_of(ranks, failed, run_dir)
         time.sleep(0.05)
-    failed = next((process for process in ranks if process.exitcode), None)
+    failed = _failed(ranks)
     return EXIT_DONE if failed is None else _code_of(ranks, failed, run_dir)
+
+
+def _failed(ranks: Sequence[BaseProcess]) -> BaseProcess | None:
+    """A rank that was killed goes before those that crashed because it was gone."""
+    failed = [process for process in ranks if process.exitcode]
+    return min(failed, key=lambda process: (process.exitcode or 0) > 0, default=None)
 
 
 def _code_of(ranks: Sequence[BaseProcess], failed: BaseProcess, run_dir: Path) -> int:

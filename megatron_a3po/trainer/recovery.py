@@ -12,7 +12,6 @@ There is no random state to keep: prompts, samples and shuffles are functions of
 
 import hashlib
 import json
-import logging
 import pickle
 import shutil
 from dataclasses import dataclass, field
@@ -22,8 +21,6 @@ from typing import Any, Literal
 from megatron_a3po.config import Config, to_yaml
 from megatron_a3po.config.difference import differing_keys
 from megatron_a3po.errors import ConfigError, InputError
-
-logger = logging.getLogger(__name__)
 
 FORMAT = 1
 PREFIX = "step-"
@@ -37,6 +34,7 @@ class Beginning:
     attempt: int = 1
     checkpoint: Path | None = None
     summary: dict[str, Any] = field(default_factory=dict)  # of a finished run
+    notes: tuple[str, ...] = ()  # what a person should know, said once there is a log
 
 
 def begin(config: Config, resume: str) -> Beginning:
@@ -44,9 +42,9 @@ def begin(config: Config, resume: str) -> Beginning:
     checkpoint at PATH). Touches nothing but the run directory's name, under `--resume never`."""
     run_dir = Path(config.run_dir)
     if resume not in ("auto", "never"):
-        checkpoint = _checkpoint_at(Path(resume))
+        checkpoint, notes = _checkpoint_at(Path(resume))
         _refuse_another_configuration(run_dir, config)
-        return Beginning("continue", _next_attempt(run_dir), checkpoint)
+        return Beginning("continue", _next_attempt(run_dir), checkpoint, notes=notes)
     if resume == "never" and run_dir.exists():
         aside = next(
             path
@@ -54,7 +52,7 @@ def begin(config: Config, resume: str) -> Beginning:
             if not (path := run_dir.with_name(f"{run_dir.name}.old-{n}")).exists()
         )
         run_dir.rename(aside)
-        logger.info("moved the old run to %s", aside)
+        return Beginning("new", notes=(f"moved the old run to {aside}",))
     if not (run_dir / "config.yaml").is_file():
         return Beginning("new")
     _refuse_another_configuration(run_dir, config)
@@ -62,7 +60,8 @@ def begin(config: Config, resume: str) -> Beginning:
         summary = json.loads((run_dir / "summary.json").read_text())
         if summary["status"] == "done":
             return Beginning("finished", summary=summary)
-    return Beginning("continue", _next_attempt(run_dir), latest_checkpoint(run_dir))
+    checkpoint, notes = latest_checkpoint(run_dir)
+    return Beginning("continue", _next_attempt(run_dir), checkpoint, notes=notes)
 
 
 def _refuse_another_configuration(run_dir: Path, config: Config) -> None:
@@ -82,14 +81,15 @@ def claim(config: Config, attempt: int) -> None:
     write_aside(run_dir / "attempt", str(attempt))
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint; a damaged one is named and passed over."""
+def latest_checkpoint(run_dir: Path) -> tuple[Path | None, tuple[str, ...]]:
+    """The newest complete checkpoint, and a note on every damaged one that was passed over."""
+    notes: list[str] = []
     for directory in reversed(_checkpoints(run_dir)):
         if problem := damage(directory):
-            logger.warning("%s is damaged (%s); the one before it is used", directory, problem)
+            notes.append(f"{directory} is damaged ({problem}); the one before it is used")
             continue
-        return directory
-    return None
+        return directory, tuple(notes)
+    return None, tuple(notes)
 
 
 def damage(directory: Path) -> str | None:
@@ -170,16 +170,19 @@ def _checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
-def _checkpoint_at(path: Path) -> Path:
-    """A checkpoint, or the latest one of a run directory."""
-    checkpoint = path if (path / "manifest.json").is_file() else latest_checkpoint(path)
+def _checkpoint_at(path: Path) -> tuple[Path, tuple[str, ...]]:
+    """A checkpoint, or the latest one of a run directory, with notes on what was passed over."""
+    checkpoint, notes = (path, ()) if (path / "manifest.json").is_file() else latest_checkpoint(path)
     if checkpoint is None:
         raise InputError(
-            f"--resume {path}: no complete checkpoint there; give a checkpoint or a run directory with one"
+            [
+                *notes,
+                f"--resume {path}: no complete checkpoint there; give a checkpoint or a run directory with one",
+            ]
         )
     if problem := damage(checkpoint):
         raise InputError(f"--resume {path}: {problem}; take an earlier checkpoint")
-    return checkpoint
+    return checkpoint, notes
 
 
 def _next_attempt(run_dir: Path) -> int:

@@ -100,6 +100,8 @@ def _session(
     with ExitStack() as stack:
         journal = None
         if grid.is_main:
+            for note in beginning.notes:
+                logger.warning(note)
             recovery.claim(config, beginning.attempt)
             journal = stack.enter_context(Journal(config, beginning.attempt, tokenizer))
             journal.display.plan(plan_lines(config, shape, grid.dp.size))
