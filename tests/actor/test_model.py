@@ -92,5 +92,6 @@ def test_the_model_counts_the_tokens_that_go_through_it(model: Path):
         return counts
 
     total = sum(LENGTHS)
-    for layout in ({}, {"pp": 2, "virtual_pipeline_model_parallel_size": 2}):
+    layouts: list[dict[str, Any]] = [{}, {"pp": 2, "virtual_pipeline_model_parallel_size": 2}]
+    for layout in layouts:
         assert on_actors(counted, model, **layout)[0] == [0, total, 2 * total]
