@@ -30,7 +30,7 @@ _METADATA = {
 
 def save(actor: Actor, directory: Path) -> None:
     """Write this rank's shards into `directory`, which exists and is empty. Collective over all ranks."""
-    for optimizer in _distributed_optimizers(_optimizer(actor)):
+    for optimizer in _optimizer(actor).distributed_optimizers:
         _ensure_moments(optimizer)
     with _writer_results_from_a_fork():
         dist_checkpointing.save(_sharded_state(actor, is_loading=False), str(directory))
@@ -38,7 +38,7 @@ def save(actor: Actor, directory: Path) -> None:
 
 def load(actor: Actor, directory: Path) -> None:
     """Weights, moments and schedule from `directory`, whatever layout wrote it. Collective over all ranks."""
-    optimizers = list(_distributed_optimizers(_optimizer(actor)))
+    optimizers = _optimizer(actor).distributed_optimizers
     for optimizer in optimizers:
         _ensure_moments(optimizer)
     with _torch_adam_step_is_carried(optimizers):
@@ -72,13 +72,6 @@ def _optimizer(actor: Actor) -> Optimizer:
 
 def _model_key(actor: Actor, number: int) -> str:
     return "model" if len(actor.model) == 1 else f"model{number}"
-
-
-def _distributed_optimizers(optimizer: Optimizer) -> Iterator[DistributedOptimizer]:
-    for one in getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron]):
-        assert isinstance(one, DistributedOptimizer)
-        if not one.is_stub_optimizer:
-            yield one
 
 
 def _ensure_moments(optimizer: DistributedOptimizer) -> None:

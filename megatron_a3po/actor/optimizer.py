@@ -1,12 +1,13 @@
 """Megatron-Core's optimizer and schedule, and the one question asked before they step: is everything finite?"""
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
@@ -28,7 +29,7 @@ class Optimizer:
     """Optimizer and schedule of one training stage (the warm start and the RL run have one each)."""
 
     def __init__(self, actor: ActorSection, schedule: Schedule, model: list[DistributedDataParallel]) -> None:
-        self.model = model
+        self.model, self.clip_grad = model, actor.clip_grad
         config = OptimizerConfig(
             optimizer="adam",
             lr=schedule.lr,
@@ -88,6 +89,16 @@ class Optimizer:
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         if not flag.item():
             return False, grad_norm
-        _, grad_norm, _ = cast(tuple[bool, float, Any], self.megatron.step())
+        # MegatronOptimizer.step from here on; called whole it would compute the norm a second time.
+        if self.clip_grad > 0.0:
+            for optimizer in self.distributed_optimizers:
+                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self.clip_grad, grad_norm)
+        self.megatron.step_with_ready_grads()
         self.scheduler.step(1)
-        return True, float(grad_norm or 0.0)
+        return True, grad_norm
+
+    @property
+    def distributed_optimizers(self) -> list[DistributedOptimizer]:
+        """What Megatron-Core chained together, without the stubs of ranks that hold no shard."""
+        chained = getattr(self.megatron, "chained_optimizers", [self.megatron])
+        return [one for one in chained if isinstance(one, DistributedOptimizer) and not one.is_stub_optimizer]
