@@ -93,7 +93,7 @@ def _buckets_counted_with_padding(optimizer: Optimizer) -> Iterator[None]:
     """Megatron-Core gathers a buffer without the padding between its buckets, and then cuts it by offsets that count
     the padding: with several buckets (a tied embedding on a pipeline has its own, overlap_grad_reduce makes more) and
     a size that is no multiple of the padding, moments and master weights are cut from the wrong places, silently."""
-    buffers = [buffer for one in _distributed_optimizers(optimizer) for buffer in one.buffers]
+    buffers = [buffer for one in optimizer.distributed_optimizers for buffer in one.buffers]
     padded = {bucket: bucket.grad_data.numel() for buffer in buffers for bucket in buffer.buckets}
     padded |= {buffer: buffer.numel for buffer in buffers}
     unpadded = {one: one.numel_unpadded for one in padded}

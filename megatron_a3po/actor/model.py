@@ -103,7 +103,7 @@ class HalfPrecision(Float16Module):
     """Megatron-Core's wrapper, but the last stage's hidden states stay in the precision of the weight they meet."""
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
-        return super().forward(*inputs, fp32_output=False, **kwargs)
+        return cast(Tensor, super().forward(*inputs, fp32_output=False, **kwargs))
 
 
 def transformer_config(actor: ActorSection, shape: ModelShape) -> TransformerConfig:

@@ -1,6 +1,7 @@
 """Megatron-Core's optimizer and schedule, and the one question asked before they step: is everything finite?"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,7 +93,8 @@ class Optimizer:
         # MegatronOptimizer.step from here on; called whole it would compute the norm a second time.
         if self.clip_grad > 0.0:
             for optimizer in self.distributed_optimizers:
-                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self.clip_grad, grad_norm)
+                parameters: list[Any] = optimizer.get_parameters()
+                clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
         self.megatron.step_with_ready_grads()
         self.scheduler.step(1)
         return True, grad_norm
