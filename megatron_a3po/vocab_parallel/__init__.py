@@ -5,10 +5,16 @@ Read in this order:
 
     token_fields       what is known of each trained token, and what an objective is
     policy_objective   the objectives of a run: an anchor and the clipped loss around it
-    loss               the one sweep that does everything, and the log-prob-only call
+    loss               the call: one sweep or two, and log-probs alone
+    one_sweep          everything in one pass, chunk by chunk: the loss on one screen
+    two_sweeps         the same for objectives that look across tokens
+    trained_rows       which rows are projected, and how they travel under sequence parallelism
+    sweep              chunks of rows through one workspace of logits
     shard_softmax      four numbers per token and shard, merged by one collective
-    trained_rows       which rows are projected, with and without sequence parallelism
-    products           the three matrix products
+    logits_gradient    the gradient as a factor per row and a rank-one correction
+    gradients          where the hidden states' and the weight's come together
+    products           the three matrix products; exponentials, triton_kernels: what lies between them
+    limits             what is refused
     chunking           how many tokens at a time
     reference          the same in plain dense torch
 

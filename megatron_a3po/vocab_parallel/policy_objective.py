@@ -6,16 +6,20 @@
     recomputed_anchor   TokenFields.prox_logp       one        mini-batches 2..n of `recompute`
     interpolated(...)   A-3PO's approximation       none       loglinear, linear
 
-Next: `loss`, the layer that calls an objective chunk by chunk.
+`PolicyObjective` has a ratio per token; `SequenceObjective` one per sequence, and takes two sweeps. Both may hold the
+policy near a frozen reference. Next: `loss`, the layer that calls an objective chunk by chunk.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_a3po.algorithm.policy_loss import BehaveWeight, TokenLoss, decoupled_loss
+from megatron_a3po.algorithm.policy_loss import BehaveWeight, TokenLoss, decoupled_loss, sequence_loss
 from megatron_a3po.algorithm.proximal import Method, interpolate
 from megatron_a3po.vocab_parallel.token_fields import TokenFields
 
@@ -48,8 +52,14 @@ def interpolated(method: Method) -> Anchor:
 
 
 @dataclass(frozen=True)
-class PolicyObjective:
-    """The clipped policy loss around an anchor; an `Objective`."""
+class ClippedObjective(ABC):
+    """The clipped policy loss around an anchor, times the loss weights; an `Objective`.
+
+    kl_coef: adds kl_coef * k3 with k3 = exp(ref - logp) - 1 - (ref - logp) >= 0, of `TokenFields.reference_logp`; its
+    mean under the target policy is KL(target || reference).
+    """
+
+    needs_all_tokens: ClassVar[bool]
 
     anchor: Anchor
     eps_low: float
@@ -57,23 +67,53 @@ class PolicyObjective:
     dual_clip: float | None = None
     behave_weight: BehaveWeight = "clamp"
     behave_weight_cap: float = 5.0
+    kl_coef: float = 0.0
+
+    @abstractmethod
+    def token_loss(self, logp: Float[Tensor, "tokens"], fields: TokenFields) -> TokenLoss:
+        """Loss, ratio, weight and clip of each token, before the loss weights and without the KL term."""
+
+    def __call__(self, logp: Float[Tensor, "tokens"], fields: TokenFields) -> Float[Tensor, "tokens"]:
+        loss = self.token_loss(logp, fields).loss
+        if self.kl_coef != 0:
+            assert fields.reference_logp is not None, "a KL term needs TokenFields.reference_logp"
+            log_ratio = fields.reference_logp - logp
+            loss = loss + self.kl_coef * (torch.expm1(log_ratio) - log_ratio)
+        return loss * fields.loss_weights
+
+    def _clip_settings(self) -> dict[str, Any]:
+        names = ("eps_low", "eps_high", "dual_clip", "behave_weight", "behave_weight_cap")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class PolicyObjective(ClippedObjective):
+    """One ratio per token: A-3PO, decoupled PPO, PPO, GRPO."""
+
+    needs_all_tokens: ClassVar[bool] = False
 
     def token_loss(self, logp: Float[Tensor, "tokens"], fields: TokenFields) -> TokenLoss:
-        """Loss, ratio, weight and clip of each token, before the loss weights."""
-        return decoupled_loss(
+        anchor = self.anchor(logp, fields)
+        return decoupled_loss(logp, anchor, fields.behave_logp, fields.advantages, **self._clip_settings())
+
+
+@dataclass(frozen=True)
+class SequenceObjective(ClippedObjective):
+    """One ratio per sequence: GSPO. Whole sequences only, so not with context parallelism, and two sweeps."""
+
+    needs_all_tokens: ClassVar[bool] = True
+
+    def token_loss(self, logp: Float[Tensor, "tokens"], fields: TokenFields) -> TokenLoss:
+        assert fields.sequence_ids is not None, "a sequence-level ratio needs TokenFields.sequence_ids"
+        return sequence_loss(
             logp,
             self.anchor(logp, fields),
             fields.behave_logp,
             fields.advantages,
-            eps_low=self.eps_low,
-            eps_high=self.eps_high,
-            dual_clip=self.dual_clip,
-            behave_weight=self.behave_weight,
-            behave_weight_cap=self.behave_weight_cap,
+            fields.sequence_ids,
+            fields.num_sequences,
+            **self._clip_settings(),
         )
-
-    def __call__(self, logp: Float[Tensor, "tokens"], fields: TokenFields) -> Float[Tensor, "tokens"]:
-        return self.token_loss(logp, fields).loss * fields.loss_weights
 
 
 def supervised_objective(logp: Float[Tensor, "tokens"], fields: TokenFields) -> Float[Tensor, "tokens"]:

@@ -1,49 +1,71 @@
-"""The three matrix products of the layer: all its work, 2 flops per token, hidden and vocabulary element
-each.
+"""The three matrix products of the layer: all its work, 2 flops per token, hidden and vocabulary element each.
 
-    logits             hidden @ weight.T
-    hidden gradient    logits gradient @ weight
-    weight gradient    logits gradient.T @ hidden
+    logits             rows @ weight.T
+    hidden gradient    E @ weight
+    weight gradient    E.T @ rows
 
-In half precision a GPU multiplies half-precision operands and hands out float32 where it is kept (logits,
-weight gradient); a CPU has no such product, and upcasts the small operand instead.
+A GPU multiplies in the weight's precision and hands out float32 where sums go on (both gradients). A CPU multiplies in
+float32 whatever the weight is, and widens a bfloat16 weight a block of the vocabulary at a time.
 """
+
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+BLOCK = 4096  # vocabulary elements widened at a time
+
+
+def arithmetic_dtype(weight: Float[Tensor, "shard hidden"]) -> torch.dtype:
+    """Precision of the logits' buffer and of the rows it is multiplied with."""
+    return weight.dtype if weight.device.type == "cuda" else torch.float32
+
 
 def project_(
-    logits: Float32[Tensor, "tokens shard"],
-    hidden: Float[Tensor, "tokens hidden"],
+    logits: Float[Tensor, "tokens shard"],
+    rows: Float[Tensor, "tokens hidden"],
     weight: Float[Tensor, "shard hidden"],
-) -> Float32[Tensor, "tokens shard"]:
-    """logits <- hidden @ weight.T."""
-    if hidden.dtype == torch.float32:
-        return torch.mm(hidden, weight.T, out=logits)
-    if hidden.device.type == "cuda":
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=logits)
-    return logits.copy_(torch.mm(hidden, weight.T))
+) -> Float[Tensor, "tokens shard"]:
+    """logits <- rows @ weight.T."""
+    if rows.dtype == weight.dtype:
+        return torch.mm(rows, weight.T, out=logits)
+    for columns, part in _widened(weight):
+        torch.mm(rows, part.T, out=logits[:, columns])
+    return logits
 
 
-def hidden_gradient_(
-    out: Float[Tensor, "tokens hidden"],
-    gradient: Float32[Tensor, "tokens shard"],
-    weight: Float[Tensor, "shard hidden"],
-) -> Float[Tensor, "tokens hidden"]:
-    """out <- gradient @ weight, in the dtype of the hidden states."""
-    return torch.mm(gradient.to(weight.dtype), weight, out=out)
+def multiply_weight(
+    exponentials: Float[Tensor, "tokens shard"], weight: Float[Tensor, "shard hidden"]
+) -> Float32[Tensor, "tokens hidden"]:
+    """exponentials @ weight, in float32."""
+    if exponentials.dtype != weight.dtype:
+        product = exponentials.new_zeros(len(exponentials), weight.shape[1])
+        for columns, part in _widened(weight):
+            product.addmm_(exponentials[:, columns], part)
+        return product
+    if weight.dtype == torch.float32:
+        return torch.mm(exponentials, weight)
+    return torch.mm(exponentials, weight, out_dtype=torch.float32)
 
 
 def add_weight_gradient_(
     total: Float[Tensor, "shard hidden"],
-    gradient: Float32[Tensor, "tokens shard"],
-    hidden: Float[Tensor, "tokens hidden"],
-) -> Float[Tensor, "shard hidden"]:
-    """total <- total + gradient.T @ hidden, in the dtype of `total`: float32 but for a bf16 main gradient."""
-    if total.dtype == torch.float32 and hidden.device.type == "cpu":
-        return total.addmm_(gradient.T, hidden.float())
-    if total.dtype == torch.float32 and hidden.dtype != torch.float32:
-        return total.add_(torch.mm(gradient.to(hidden.dtype).T, hidden, out_dtype=torch.float32))
-    return total.addmm_(gradient.to(total.dtype).T, hidden.to(total.dtype))
+    exponentials: Float[Tensor, "tokens shard"],
+    rows: Float[Tensor, "tokens hidden"],
+) -> None:
+    """total <- total + exponentials.T @ rows, in the dtype of `total`: float32, but for a bfloat16 main gradient."""
+    if total.dtype == exponentials.dtype:
+        torch.addmm(total, exponentials.T, rows, out=total)
+    elif total.dtype == torch.float32:
+        torch.addmm(total, exponentials.T, rows, out_dtype=torch.float32, out=total)
+    else:
+        for start in range(0, len(total), BLOCK):
+            columns = slice(start, start + BLOCK)
+            total[columns] += torch.mm(exponentials[:, columns].T, rows)
+
+
+def _widened(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    for start in range(0, len(weight), BLOCK):
+        part = weight[start : start + BLOCK]
+        yield slice(start, start + len(part)), part.float()

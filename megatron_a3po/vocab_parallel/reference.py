@@ -16,10 +16,13 @@ def reference_loss(
     trained: Int[Tensor, "trained"],
     fields: TokenFields,
     objective: Objective,
-    temperature: float,
+    temperature: float | Float[Tensor, "trained"] = 1.0,
+    entropy_coef: float = 0.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "trained"], Float[Tensor, "trained"]]:
     """(summed loss, log-probs, entropies) of the rows `trained`; differentiable by plain autograd."""
-    logp_all = torch.log_softmax(hidden[trained] @ weight.T / temperature, dim=-1)
+    divisor = temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    logp_all = torch.log_softmax(hidden[trained] @ weight.T / divisor, dim=-1)
     logp = logp_all.gather(1, fields.labels[:, None])[:, 0]
     entropy = -(logp_all.exp() * logp_all).sum(-1)
-    return objective(logp, fields).sum(), logp.detach(), entropy.detach()
+    loss = objective(logp, fields).sum() - entropy_coef * (fields.loss_weights * entropy).sum()
+    return loss, logp.detach(), entropy.detach()

@@ -6,10 +6,12 @@ positions, already checked on the host. Next: `policy_objective`, the objectives
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float, Int
 from torch import Tensor
+
+Tokens = slice | Tensor  # some of the trained tokens: a run of them, or their indices
 
 
 @dataclass(frozen=True)
@@ -22,21 +24,17 @@ class TokenFields:
     advantages: Float[Tensor, "trained"]
     loss_weights: Float[Tensor, "trained"]  # `algorithm.loss_mean`: 1, or 1 / |y_i|
     prox_logp: Float[Tensor, "trained"] | None = None  # recomputed anchor, where there is one
+    reference_logp: Float[Tensor, "trained"] | None = None  # frozen reference policy's, for a KL term
+    sequence_ids: Int[Tensor, "trained"] | None = None  # 0 .. num_sequences - 1, for sequence-level ratios
+    num_sequences: int = 0
 
-    def slice(self, start: int, stop: int) -> "TokenFields":
-        """The fields of the tokens start..stop-1, as views."""
-        tokens = slice(start, stop)
-        return TokenFields(
-            self.labels[tokens],
-            self.behave_logp[tokens],
-            self.staleness[tokens],
-            self.advantages[tokens],
-            self.loss_weights[tokens],
-            None if self.prox_logp is None else self.prox_logp[tokens],
-        )
+    def take(self, tokens: Tokens) -> "TokenFields":
+        """The fields of some of the tokens: views of a run, copies at indices."""
+        vectors = {k: v[tokens] for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **vectors)
 
 
 # Log-probs [tokens] (requiring gradient) and the fields of the same tokens -> loss [tokens], loss_weights
 # applied. Called on a chunk of tokens at a time, it must treat each token on its own: the layer sums and
-# differentiates it.
+# differentiates it. One that cannot has an attribute `needs_all_tokens = True` and takes two sweeps.
 Objective = Callable[[Float[Tensor, "tokens"], TokenFields], Float[Tensor, "tokens"]]

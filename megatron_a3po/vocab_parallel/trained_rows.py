@@ -1,15 +1,18 @@
-"""Which rows of the hidden states are trained: nothing else is projected onto the vocabulary.
+"""Which rows of the hidden states are trained, and how they reach the ranks that need them, chunk by chunk.
 
-Without sequence parallelism every tensor-parallel rank holds all rows and picks the same ones; their hidden
-gradients are partial sums over the vocabulary shards, one all-reduce completes them. With it each rank holds
-a slice of the sequence with its own number of trained rows:
+Nothing but trained rows is projected onto the vocabulary. Without sequence parallelism every tensor-parallel rank
+holds all rows and picks the same ones; their hidden gradients are partial sums over the vocabulary shards, completed
+by an all-reduce. With it each rank holds a slice of the sequence, with its own number of trained rows: every chunk
+takes an even share of each rank's,
 
-    forward    select local rows -> pad to the largest count -> one all-gather -> the valid ones, in order
-    backward   scatter into the padded layout -> one reduce-scatter -> the first `counts[rank]` are local
+    load      select own rows of the chunk -> pad to the largest share -> all-gather -> the valid ones, rank by rank
+    return    lay out like that -> reduce-scatter -> own rows
 
-Counts and indices come from the packer as host numbers, so nothing here waits for the device. Next: `loss`.
+so no rank ever holds more than a chunk of the others' rows. Loads are started a chunk ahead and returns waited for a
+chunk later. Counts and indices come from the packer as host numbers: nothing here waits for the device. Next: `sweep`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -19,11 +22,13 @@ from torch import Tensor
 
 from megatron_a3po.vocab_parallel.collectives import (
     Group,
-    all_gather,
-    all_reduce_,
+    Pending,
     group_rank,
-    reduce_scatter,
+    start_all_gather,
+    start_all_reduce_,
+    start_reduce_scatter,
 )
+from megatron_a3po.vocab_parallel.token_fields import Tokens
 
 
 @dataclass(frozen=True)
@@ -42,55 +47,123 @@ class TrainedRows:
         return sum(self.counts)
 
 
+@dataclass(frozen=True)
+class Span:
+    """One chunk: which trained tokens, and which of each rank's trained rows they are."""
+
+    tokens: Tokens
+    parts: tuple[range, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+        return sum(map(len, self.parts))
+
+
 @runtime_checkable
-class RowSource(Protocol):
-    """Hands out trained hidden states chunk by chunk and takes the sum of their gradients back."""
+class RowExchange(Protocol):
+    """Hands out trained hidden states chunk by chunk and takes partial gradients back into `gradient`."""
 
-    def chunk(self, start: int, stop: int) -> Float[Tensor, "tokens hidden"]:
-        """Hidden states of the trained tokens start..stop-1."""
+    def spans(self, chunk_tokens: int) -> list[Span]:
+        """The chunks of the call, the same on all ranks; sizes at most `chunk_tokens` + ranks - 1."""
         ...
 
-    def reduce(self, partial: Float[Tensor, "trained hidden"]) -> Float[Tensor, "local_trained hidden"]:
-        """This rank's trained rows' complete gradients from every rank's partial sums; may reuse `partial`."""
+    def start_load(self, span: Span) -> Callable[[], Tensor]:
+        """Starts to bring in a chunk's hidden states [tokens, hidden]; calling the result gives them."""
+        ...
+
+    def start_return(self, span: Span, partial: Float[Tensor, "tokens hidden"]) -> None:
+        """Starts the sum of the ranks' partial gradients; the last chunk's is put into `gradient` before."""
+        ...
+
+    def finish(self) -> Float[Tensor, "rows hidden"]:
+        """The gradient of all rows of this rank."""
         ...
 
 
-def row_source(
-    hidden: Float[Tensor, "rows hidden"], rows: TrainedRows, group: Group, sequence_parallel: bool
-) -> RowSource:
-    """The source for a layout: `hidden` is replicated over the group, or this rank's slice of the sequence."""
+def row_exchange(
+    hidden: Float[Tensor, "rows hidden"],
+    rows: TrainedRows,
+    group: Group,
+    *,
+    sequence_parallel: bool,
+    differentiate: bool,
+) -> RowExchange:
+    """For `hidden` replicated over the group, or this rank's slice of the sequence."""
+    gradient = torch.zeros_like(hidden) if differentiate else hidden
     if sequence_parallel and len(rows.counts) > 1:
-        return _SlicedRows(hidden, rows, group)
-    return _ReplicatedRows(hidden, rows, group)
+        return _SlicedRows(hidden, rows, group, gradient)
+    return _ReplicatedRows(hidden, rows, group, gradient)
 
 
-class _ReplicatedRows:
-    def __init__(self, hidden: Tensor, rows: TrainedRows, group: Group):
-        self.hidden, self.local, self.group = hidden, rows.local, group
+class _Returning:
+    """What both exchanges share: one return on its way at a time, and where it goes."""
 
-    def chunk(self, start: int, stop: int) -> Tensor:
-        return self.hidden.index_select(0, self.local[start:stop])
+    def __init__(self, hidden: Tensor, rows: TrainedRows, group: Group, gradient: Tensor):
+        self.hidden, self.rows, self.group, self.gradient = hidden, rows, group, gradient
+        self.on_its_way: tuple[Pending, range] | None = None
 
-    def reduce(self, partial: Tensor) -> Tensor:
-        return all_reduce_(partial, self.group)
+    def own_rows(self, part: range) -> Tensor:
+        return self.rows.local[part.start : part.stop]
+
+    def put_on_its_way(self, pending: Pending, part: range) -> None:
+        self.finish()
+        self.on_its_way = pending, part
+
+    def finish(self) -> Tensor:
+        if self.on_its_way is not None:
+            pending, part = self.on_its_way
+            self.gradient.index_copy_(0, self.own_rows(part), pending.wait()[: len(part)])
+            self.on_its_way = None
+        return self.gradient
 
 
-class _SlicedRows:
-    def __init__(self, hidden: Tensor, rows: TrainedRows, group: Group):
-        self.group, self.count = group, rows.counts[group_rank(group)]
-        self.padded_shape = (len(rows.counts), max(rows.counts), hidden.shape[1])
-        self.valid = [slice(0, count) for count in rows.counts]
-        padded = hidden.new_zeros(self.padded_shape[1:])
-        padded[: self.count] = hidden.index_select(0, rows.local)
-        gathered = all_gather(padded, group)
-        self.trained = torch.cat([part[valid] for part, valid in zip(gathered, self.valid, strict=True)])
+class _ReplicatedRows(_Returning):
+    def spans(self, chunk_tokens: int) -> list[Span]:
+        total = self.rows.total
+        runs = [range(start, min(start + chunk_tokens, total)) for start in range(0, total, chunk_tokens)]
+        return [Span(slice(run.start, run.stop), (run,)) for run in runs]
 
-    def chunk(self, start: int, stop: int) -> Tensor:
-        return self.trained[start:stop]
+    def start_load(self, span: Span) -> Callable[[], Tensor]:
+        return lambda: self.hidden.index_select(0, self.own_rows(span.parts[0]))
 
-    def reduce(self, partial: Tensor) -> Tensor:
-        padded, start = partial.new_zeros(self.padded_shape), 0
-        for part, valid in zip(padded, self.valid, strict=True):
-            part[valid] = partial[start : start + valid.stop]
-            start += valid.stop
-        return reduce_scatter(padded, self.group)[: self.count]
+    def start_return(self, span: Span, partial: Tensor) -> None:
+        self.put_on_its_way(start_all_reduce_(partial, self.group), span.parts[0])
+
+
+class _SlicedRows(_Returning):
+    def spans(self, chunk_tokens: int) -> list[Span]:
+        counts, device = self.rows.counts, self.hidden.device
+        num_chunks = -(-self.rows.total // chunk_tokens)
+        found = []
+        for k in range(num_chunks):
+            parts = tuple(range(k * c // num_chunks, (k + 1) * c // num_chunks) for c in counts)
+            if not any(parts):
+                continue
+            before = [sum(counts[:tp_rank]) for tp_rank in range(len(counts))]
+            tokens = [
+                torch.arange(first + part.start, first + part.stop, device=device)
+                for first, part in zip(before, parts, strict=True)
+            ]
+            found.append(Span(torch.cat(tokens), parts))
+        return found
+
+    def start_load(self, span: Span) -> Callable[[], Tensor]:
+        own = span.parts[group_rank(self.group)]
+        padded = self.hidden.new_zeros(max(map(len, span.parts)), self.hidden.shape[1])
+        torch.index_select(self.hidden, 0, self.own_rows(own), out=padded[: len(own)])
+        gathering = start_all_gather(padded, self.group)
+
+        def load() -> Tensor:
+            shares = zip(gathering.wait(), span.parts, strict=True)
+            return torch.cat([share[: len(part)] for share, part in shares])
+
+        return load
+
+    def start_return(self, span: Span, partial: Tensor) -> None:
+        padded = partial.new_zeros(len(span.parts), max(map(len, span.parts)), partial.shape[1])
+        shares = partial.split([len(part) for part in span.parts])
+        for place, share in zip(padded, shares, strict=True):
+            place[: len(share)] = share
+        own = span.parts[group_rank(self.group)]
+        self.put_on_its_way(start_reduce_scatter(padded, self.group), own)
