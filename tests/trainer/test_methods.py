@@ -66,8 +66,8 @@ def test_forwards_per_token_are_those_of_the_method(runs, replays: Replays, name
     for row in rows:
         batch = load_batch(batch_path(replays.folder / "batches", row["step"]))
         assert row["forwards_per_token"] == pytest.approx(forwards_by_the_book(name, batch, n), abs=1e-12)
-    if name == "recompute" and n == 4:
-        assert row["forwards_per_token"] == pytest.approx(1.75, abs=0.05)
+        if name == "recompute" and n == 4:
+            assert row["forwards_per_token"] == pytest.approx(1.75, abs=0.1)
 
 
 @pytest.mark.parametrize("name", ["recompute", "forced", "loglinear"])
