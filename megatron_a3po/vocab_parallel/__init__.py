@@ -4,6 +4,7 @@ logits.
 Read in this order:
 
     token_fields       what is known of each trained token, and what an objective is
+    a3po_loss          all of it in one call, for trainers of other makes
     policy_objective   the objectives of a run: an anchor and the clipped loss around it
     loss               the call: one sweep or two, and log-probs alone
     one_sweep          everything in one pass, chunk by chunk: the loss on one screen
@@ -21,16 +22,19 @@ Read in this order:
 Needs torch and torch.distributed, no Megatron: any trainer can call it.
 """
 
+from megatron_a3po.vocab_parallel.a3po_loss import A3POLoss, a3po_loss
 from megatron_a3po.vocab_parallel.chunking import choose_chunk_tokens
 from megatron_a3po.vocab_parallel.loss import LossOutput, vocab_parallel_logp, vocab_parallel_loss
 from megatron_a3po.vocab_parallel.token_fields import Objective, TokenFields
 from megatron_a3po.vocab_parallel.trained_rows import TrainedRows
 
 __all__ = [
+    "A3POLoss",
     "LossOutput",
     "Objective",
     "TokenFields",
     "TrainedRows",
+    "a3po_loss",
     "choose_chunk_tokens",
     "vocab_parallel_logp",
     "vocab_parallel_loss",

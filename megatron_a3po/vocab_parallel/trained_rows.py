@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from megatron_a3po.vocab_parallel.collectives import (
@@ -40,6 +40,12 @@ class TrainedRows:
 
     local: Int[Tensor, "local_trained"]
     counts: tuple[int, ...]
+
+    @classmethod
+    def of_mask(cls, mask: Bool[Tensor, "rows"]) -> "TrainedRows":
+        """The rows where a mask is True, all ranks holding all rows. Reads a mask on a device once."""
+        local = mask.nonzero()[:, 0]
+        return cls(local, (len(local),))
 
     @property
     def total(self) -> int:
@@ -120,8 +126,7 @@ class _Returning:
 
 class _ReplicatedRows(_Returning):
     def spans(self, chunk_tokens: int) -> list[Span]:
-        total = self.rows.total
-        runs = [range(start, min(start + chunk_tokens, total)) for start in range(0, total, chunk_tokens)]
+        runs = [parts[0] for parts in _even_parts((self.rows.total,), chunk_tokens)]
         return [Span(slice(run.start, run.stop), (run,)) for run in runs]
 
     def start_load(self, span: Span) -> Callable[[], Tensor]:
@@ -134,19 +139,15 @@ class _ReplicatedRows(_Returning):
 class _SlicedRows(_Returning):
     def spans(self, chunk_tokens: int) -> list[Span]:
         counts, device = self.rows.counts, self.hidden.device
-        num_chunks = -(-self.rows.total // chunk_tokens)
-        found = []
-        for k in range(num_chunks):
-            parts = tuple(range(k * c // num_chunks, (k + 1) * c // num_chunks) for c in counts)
-            if not any(parts):
-                continue
-            before = [sum(counts[:tp_rank]) for tp_rank in range(len(counts))]
-            tokens = [
-                torch.arange(first + part.start, first + part.stop, device=device)
-                for first, part in zip(before, parts, strict=True)
+        before = [sum(counts[:tp_rank]) for tp_rank in range(len(counts))]
+
+        def span(parts: tuple[range, ...]) -> Span:
+            runs = [
+                (first + part.start, first + part.stop) for first, part in zip(before, parts, strict=True)
             ]
-            found.append(Span(torch.cat(tokens), parts))
-        return found
+            return Span(torch.cat([torch.arange(*run, device=device) for run in runs]), parts)
+
+        return [span(parts) for parts in _even_parts(counts, chunk_tokens)]
 
     def start_load(self, span: Span) -> Callable[[], Tensor]:
         own = span.parts[group_rank(self.group)]
@@ -167,3 +168,10 @@ class _SlicedRows(_Returning):
             place[: len(share)] = share
         own = span.parts[group_rank(self.group)]
         self.put_on_its_way(start_reduce_scatter(padded, self.group), own)
+
+
+def _even_parts(counts: tuple[int, ...], chunk_tokens: int) -> list[tuple[range, ...]]:
+    """As few chunks as `chunk_tokens` allows, near equal, and of each rank's rows an even share in every one."""
+    number = -(-sum(counts) // chunk_tokens)
+    chunks = (tuple(range(k * c // number, (k + 1) * c // number) for c in counts) for k in range(number))
+    return [parts for parts in chunks if any(parts)]

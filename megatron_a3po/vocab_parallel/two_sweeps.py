@@ -56,22 +56,27 @@ class TwoSweeps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         upstream = ctx.once.take(upstreams[0])  # the loss's; the other outputs have no gradient
-        (hidden, weight), (rows, labels, sweep) = ctx.saved_tensors, ctx.call
-        want_hidden, want_weight = ctx.needs_input_grad[:2]
-        by_logp, by_entropy = ctx.derivatives
-        by_logp = by_logp * upstream
-        by_entropy = None if by_entropy is None else by_entropy * upstream
-        exchange = sweep.exchange(hidden, rows, differentiate=want_hidden)
-        total = WeightTotal.of(weight) if want_weight else None
-        gradients = Gradients(weight[: sweep.shard(weight).size], total, want_hidden)
-
-        for chunk in sweep.chunks(exchange, weight, labels):
-            tokens, softmax = chunk.tokens, ctx.softmax.take(chunk.tokens)
-            shard = repeat_softmax(chunk.logits, chunk.target, softmax)
-            of_chunk = by_logp[tokens], None if by_entropy is None else by_entropy[tokens]
-            gradients.add(chunk, shard, LogitsGradient.of(shard, softmax, *of_chunk))
-
-        hidden_grad = exchange.finish() if want_hidden else None
-        weight_grad = None if total is None else total.hand_out(None)
+        gradients = _second_sweep(ctx, upstream)
         ctx.softmax = ctx.derivatives = ctx.call = None
-        return hidden_grad, weight_grad, None, None, None, None, None
+        return *gradients, None, None, None, None, None
+
+
+def _second_sweep(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of hidden states and weight."""
+    hidden, weight = ctx.saved_tensors
+    rows, labels, sweep = ctx.call
+    want_hidden, want_weight = ctx.needs_input_grad[:2]
+    exchange = sweep.exchange(hidden, rows, differentiate=want_hidden)
+    total = WeightTotal.of(weight) if want_weight else None
+    gradients = Gradients(weight[: sweep.shard(weight).size], total, want_hidden)
+    by_logp, by_entropy = ctx.derivatives
+    for chunk in sweep.chunks(exchange, weight, labels):
+        tokens = chunk.tokens
+        softmax = ctx.softmax.take(tokens)
+        shard = repeat_softmax(chunk.logits, chunk.target, softmax)
+        entropy_term = None if by_entropy is None else by_entropy[tokens] * upstream
+        gradient = LogitsGradient.of(shard, softmax, by_logp[tokens] * upstream, entropy_term)
+        gradients.add(chunk, shard, gradient)
+        del chunk, shard  # the workspace goes before what is handed out comes
+    hidden_grad = exchange.finish() if want_hidden else None
+    return hidden_grad, None if total is None else total.hand_out(None)
