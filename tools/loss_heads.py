@@ -165,7 +165,7 @@ def liger_grpo(problem: HeadProblem, sequences: int = 4) -> Work | str:
         )
     except ImportError:
         return "liger-kernel is not installed"
-    head = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="dapo")
+    head = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="bnpo")
     fields, shape = problem.all_fields, (sequences, len(problem.hidden) // sequences)
     behave, advantages = fields.behave_logp.view(shape), fields.advantages.view(shape)[:, 0].contiguous()
     mask = fields.loss_weights.view(shape)
