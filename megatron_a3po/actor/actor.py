@@ -4,6 +4,7 @@ It knows mini-batches of aligned sequences and objectives; what a step is, where
 when, the trainer decides.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from megatron_a3po.weights.hugging_face import write_hugging_face
 from megatron_a3po.weights.operations import Layout
 from megatron_a3po.weights.shards import full_tensors, load_shards
 from megatron_a3po.weights.sources import RandomSource, SafetensorsSource, tensor_shapes
+
+logger = logging.getLogger(__name__)
 
 Timed = Callable[[str], AbstractContextManager[None]]
 
@@ -61,6 +64,12 @@ class Actor:
         vocab_shard = self.layout.padded_vocab_size // grid.tp.size
         chunk_tokens = actor.loss_chunk_tokens or choose_chunk_tokens(
             shape.hidden_size, vocab_shard, grid.device
+        )
+        logger.info(
+            "loss layer: %d tokens at a time on %d rows of the vocabulary, %.0f MiB of logits",
+            chunk_tokens,
+            vocab_shard,
+            chunk_tokens * vocab_shard * 4 / 2**20,
         )
         settings = LossSettings(shape.vocab_size, temperature, actor.sequence_parallel, chunk_tokens)
         self.pipeline = Pipeline(self.model, grid, settings)

@@ -14,6 +14,7 @@ from megatron_a3po.actor.grid import Grid
 from megatron_a3po.actor.model import unwrap
 from megatron_a3po.actor.packing import MicroBatch
 from megatron_a3po.vocab_parallel import LossOutput, Objective, vocab_parallel_logp, vocab_parallel_loss
+from megatron_a3po.vocab_parallel.limits import refuse_loss_scaling
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Pipeline:
         if model[0].ddp_config.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in model]
             config.no_sync_func = no_sync[0] if len(model) == 1 else no_sync
-        assert config.grad_scale_func is None, "the loss layer writes gradients in forward: no loss scaling"
+        refuse_loss_scaling(config.grad_scale_func)
         vp_size = config.virtual_pipeline_model_parallel_size
         self.schedule = get_forward_backward_func(pp_size=grid.pp.size, vp_size=vp_size)
 

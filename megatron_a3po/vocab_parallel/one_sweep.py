@@ -19,7 +19,7 @@ from megatron_a3po.vocab_parallel.gradients import Gradients, WeightTotal
 from megatron_a3po.vocab_parallel.limits import SpentOnce
 from megatron_a3po.vocab_parallel.logits_gradient import LogitsGradient
 from megatron_a3po.vocab_parallel.shard_softmax import Softmax
-from megatron_a3po.vocab_parallel.sweep import Chunk, Sweep
+from megatron_a3po.vocab_parallel.sweep import Sweep
 from megatron_a3po.vocab_parallel.token_fields import Objective, TokenFields
 from megatron_a3po.vocab_parallel.token_losses import TokenLosses
 from megatron_a3po.vocab_parallel.trained_rows import TrainedRows
@@ -45,15 +45,12 @@ class OneSweep(torch.autograd.Function):
         gradients = Gradients(weight[: sweep.shard(weight).size], total, want_hidden)
         losses = TokenLosses.empty(rows.total, hidden.device)
 
-        def values(chunk: Chunk, softmax: Softmax) -> tuple[Tensor, Tensor | None]:
-            return losses.evaluate_(chunk.tokens, softmax, objective, fields, sweep.entropy_coef)
-
         for chunk in sweep.chunks(exchange, weight, fields.labels):
             shard, numbers = sweep.start_softmax(chunk, weight)
             # With an entropy term E is rewritten first, and that takes the numbers.
             product = gradients.start_hidden(shard) if sweep.entropy_coef == 0 else None
             softmax = Softmax.merged(numbers.wait())
-            derivatives = values(chunk, softmax)
+            derivatives = losses.evaluate_(chunk.tokens, softmax, objective, fields, sweep.entropy_coef)
             if gradients.wanted:
                 gradient = LogitsGradient.of(shard, softmax, *derivatives)
                 gradients.add(chunk, shard, gradient, product)
