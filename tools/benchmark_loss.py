@@ -45,6 +45,7 @@ CASES = (
     "256,512,151936,1,1.0",
 )
 ALONE = "this layer, one shard alone"
+DENSE = "dense logits, Megatron-Core"
 HALF = "half the tokens masked"
 AIMS = {LAYER: 1.06, "this layer, entropy term": 1.12}
 Row = dict[str, Any]
@@ -154,8 +155,8 @@ def _run_case(
     group = dist.group.WORLD
     if rank < case.shards:
         problem = case.problem(rank, case.shards, group, device, dtype)
-        for name, head in HEADS.items():
-            work = head(problem)
+        for name in (FLOOR, *(name for name in HEADS if name in arguments.heads and name != FLOOR)):
+            work = HEADS[name](problem)
             if isinstance(work, str):
                 left_out[name] = work
             else:
@@ -209,7 +210,7 @@ def _rows(
     own = {name: (one.seconds, one.cpu_seconds, one.peak) for name, one in measured.items()}
     everyone: list[Any] = [None] * world_size
     dist.all_gather_object(everyone, own)
-    if not measured:
+    if dist.get_rank() != 0:
         return []
     found = {}
     for name in names:
@@ -235,6 +236,8 @@ def _rows(
                 "rounds": len(seconds),
             }
         )
+        if name in (LAYER, DENSE):
+            rows[-1]["tokens_in_8_gb"] = _tokens_in(8e9, peak, measured[name].problem, chunked=name == LAYER)
         if name == LAYER and ALONE in found:
             rows[-1]["total_work"] = _paired(cpu_seconds, found[ALONE][1])
     return rows + [
@@ -245,9 +248,21 @@ def _rows(
 def _least_bytes(problem: HeadProblem) -> int:
     """Both gradients, and one chunk of logits."""
     hidden, weight = problem.hidden, problem.weight
+    return hidden.element_size() * hidden.numel() + _chunk_bytes(problem) + 4 * weight.numel()
+
+
+def _chunk_bytes(problem: HeadProblem, chunk_tokens: int | None = None) -> int:
     number = -(-problem.rows.total // problem.chunk_tokens)
-    logits = -(-problem.rows.total // number) * len(weight)
-    return hidden.element_size() * (hidden.numel() + logits) + 4 * weight.numel()
+    tokens = chunk_tokens or -(-problem.rows.total // number)
+    return problem.hidden.element_size() * tokens * len(problem.weight)
+
+
+def _tokens_in(memory: float, peak: int, problem: HeadProblem, *, chunked: bool) -> int:
+    """Rows whose head fits in `memory` beside the weight gradient: what grows with them was measured, all of it for
+    dense logits, all but a chunk, which then has its full size, for this layer."""
+    chunk, full_chunk = _chunk_bytes(problem), _chunk_bytes(problem, problem.chunk_tokens)
+    growing = peak - 4 * problem.weight.numel() - (chunk if chunked else 0)
+    return int((memory - (full_chunk if chunked else 0)) / (growing / len(problem.hidden)))
 
 
 def _paired(times: list[float], floor: list[float]) -> float:
@@ -285,7 +300,7 @@ def _headlines(rows: list[Row]) -> str:
     lines = [""]
     for name, aim in AIMS.items():
         ours = [row for row in rows if row["implementation"] == name]
-        for key in ("ratio", "cpu_ratio"):
+        for key in ("ratio", "cpu_ratio") if ours else ():
             worst = max(ours, key=lambda row: row[key])
             lines.append(f"worst {key} of {name}: {worst[key]:.3f} (aim {aim}) at {worst['case']}")
     ours = {row["case"]: row for row in rows if row["implementation"] == LAYER}
@@ -295,6 +310,9 @@ def _headlines(rows: list[Row]) -> str:
             lines.append(
                 f"{HALF}: {row['cpu_seconds'] / full['cpu_seconds']:.3f} of the time (aim 0.55), {case}"
             )
+        for other in (r for r in rows if r["case"] == case and r["implementation"] == DENSE):
+            longest = [f"{r['tokens_in_8_gb']:,}" for r in (row, other)]
+            lines.append(f"tokens in 8 GB: {longest[0]}, dense {longest[1]}, {case}")
         if "total_work" in row:
             lines.append(f"total work of the ranks: {row['total_work']:.3f} x one rank's (aim 1.05), {case}")
     return "\n".join(lines)
@@ -329,6 +347,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="rows,hidden,vocabulary,shards,share")
+    parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=list(HEADS), metavar="HEAD")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds (default: 7)")
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before (default: 1)")
     parser.add_argument("--bf16", action="store_true", help="hidden states and weight in bfloat16")
