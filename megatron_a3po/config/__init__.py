@@ -1,7 +1,7 @@
 """Every knob once, typed, documented and checked before anything starts; imports without torch.
 
-Read `config.py` for the tree, then the section you need; `load.py` reads it, `checks.py` refuses what cannot
-be.
+Read `config.py` for the tree, then the section you need; `load.py` reads it, `checks.py` refuses what
+cannot be.
 """
 
 from megatron_a3po.config.config import Config

@@ -36,8 +36,8 @@ class ActorSection(Section):
     """Ranks that share the experts (EP). Only 1 for now."""
 
     data_parallel_size: int | None = Field(default=None, ge=1)
-    """Copies of the model (DP). Left out: 1 for a self-launched run, under torchrun or srun what the ranks
-    allow."""
+    """Copies of the model (DP). Left out: 1 for a self-launched run; under torchrun or srun what
+    the ranks allow."""
 
     sequence_parallel: bool = False
     """Split the activations outside of attention and MLP over the TP ranks, by sequence."""
@@ -48,8 +48,8 @@ class ActorSection(Section):
     """Compute in bfloat16, with fp32 master weights and main gradients. Else everything is fp32."""
 
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Whose layers: `auto` takes Transformer Engine where it is installed and there is a GPU, else plain
-    torch."""
+    """Whose layers: `auto` takes Transformer Engine where it is installed and there is a GPU, else
+    plain torch."""
 
     recompute_granularity: Literal["full"] | None = None
     """`full` recomputes every layer's activations in backward: less memory, a third more time."""
@@ -78,7 +78,7 @@ class ActorSection(Section):
     """Where the decay ends."""
 
     lr_warmup_iters: int = Field(default=0, ge=0)
-    """Optimizer steps over which the rate rises from 0 to `lr`."""
+    """Optimizer steps over which the rate rises evenly from lr / (lr_warmup_iters + 1) to lr."""
 
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     """How the rate falls after the warm-up."""
@@ -113,8 +113,8 @@ class ActorSection(Section):
     """Optimizer steps in a training step; divides trainer.prompts_per_step."""
 
     use_decoupled_loss: bool = True
-    """Decoupled PPO: clip around the proximal policy, weigh by it. False is standard PPO, clipped around
-    behaviour."""
+    """Decoupled PPO: clip around the proximal policy, weigh by it. False is standard PPO, clipped
+    around the behaviour policy."""
 
     prox_logp_method: Literal["recompute", "loglinear", "linear", "metrics"] = "recompute"
     """Where the proximal log-probs come from: a forward pass (`recompute`), A-3PO's interpolation in log
@@ -137,9 +137,8 @@ class ActorSection(Section):
     behave_weight: Annotated[
         Literal["clamp", "mask", "off", "off_at_any_staleness"], BeforeValidator(_off_is_text)
     ] = "clamp"
-    """The off-policy weight pi_prox / pi_behave: limited to its cap (`clamp`), tokens over the cap left out
-    of the
-    loss (`mask`), not applied (`off`), not applied although samples are stale (`off_at_any_staleness`)."""
+    """The off-policy weight pi_prox / pi_behave: limited to its cap (`clamp`), tokens over the cap left out of
+    the loss (`mask`), not applied (`off`), not applied although samples are stale (`off_at_any_staleness`)."""
 
     behave_weight_cap: float = Field(default=5.0, gt=0)
     """The cap that `clamp` and `mask` mean."""

@@ -1,8 +1,7 @@
 """What goes together and what does not: the refusals that need no file.
 
 Nothing is adjusted here: a combination is accepted as it is or refused with the mend. Each function is one
-subject
-and yields Problems. What needs the model's or the data's files is in `file_checks.py`, what is allowed but
+subject and yields Problems. What needs the model's or the data's files is in `file_checks.py`, what is allowed but
 surprising in `cautions.py`.
 """
 
@@ -31,8 +30,7 @@ def config_problems(config: Config, world_size: int | None = None) -> Iterator[P
 
 
 def data_parallel_size(config: Config, world_size: int | None) -> int:
-    """Copies of the model that train: derived from the ranks under a launcher, else as configured (default
-    1)."""
+    """Copies of the model that train: derived from the ranks under a launcher, else as configured, or 1."""
     if problems := list(world_size_problems(config, world_size)):
         raise ConfigError(problem.sentence for problem in problems)
     if world_size is not None:

@@ -16,8 +16,7 @@ PROMPT_KEYS = ("prompt", "question", "messages")
 
 
 def rows(path: str | Path, *, with_response: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) for each line that is not blank; InputError names file and line of the first bad
-    one."""
+    """(line number, row) for each line that is not blank; InputError names file and line of the first bad one."""
     file = Path(path)
     try:
         with file.open(encoding="utf-8") as lines:

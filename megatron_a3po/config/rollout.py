@@ -22,8 +22,8 @@ class RolloutSection(Section):
     """A response that reaches this length is cut there and counted as truncated."""
 
     max_staleness: int | None = Field(default=None, ge=0)
-    """The bound: how many versions older than the trainer's a trained token may be. 0 is on-policy; left out
-    it is 1."""
+    """The bound: how many versions older than the trainer's a trained token may be. 0 is on-policy; left
+    out it is 1."""
 
     fixed_staleness: int | None = Field(default=None, ge=0)
     """Train every step on samples exactly this many versions old, repeatable bit for bit. Instead of a
@@ -71,6 +71,6 @@ class RolloutSection(Section):
 
     @property
     def drops_no_signal(self) -> bool:
-        """Whether groups without signal are left out: under fixed_staleness batches have a fixed
-        composition."""
+        """Whether groups without signal are left out: under fixed_staleness every batch has the
+        same composition."""
         return self.filter_no_signal and self.fixed_staleness is None

@@ -18,8 +18,8 @@ class TrainerSection(Section):
     """Prompts, and so groups, in a training step."""
 
     evaluate_every: int | None = Field(default=None, ge=1)
-    """Steps between evaluations on data.held_out; they never pause the rollouts. Left out: only before and
-    after."""
+    """Steps between evaluations on data.held_out; they never pause the rollouts. Left out: only
+    before and after."""
 
     save_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints. Left out: only when stopped."""

@@ -1,9 +1,8 @@
 """From a plain mapping to a typed Config, with every mistake as a sentence.
 
 Values are validated as JSON, strictly: text is not a number, `yes` is not a rate. What is wrong is then
-mended with
-defaults and validated again, so that one mistake does not hide the others; the mended Config is only there
-to look for more problems and is never run. Next: `checks.py`, which looks at how the values go together.
+mended with defaults and validated again, so that one mistake does not hide the others; the mended Config is only
+there to look for more problems and is never run. Next: `checks.py`, which looks at how the values go together.
 """
 
 import json

@@ -18,7 +18,7 @@ class WarmStartSection(Section):
     """Learning rate."""
 
     lr_warmup_iters: int = Field(default=10, ge=0)
-    """Steps over which the rate rises from 0."""
+    """Steps over which the rate rises evenly from lr / (lr_warmup_iters + 1) to lr."""
 
     data: str | None = Field(default=None, min_length=1)
     """JSONL file whose rows have a `response`; left out, data.train."""

@@ -68,7 +68,7 @@ class Method:
     def measure(
         self, mini_batch: int, objective: PolicyObjective, output: LossOutput, fields: TokenFields
     ) -> list[Statistics]:
-        """Everything SPEC'd about one micro-batch of trained tokens, on the device."""
+        """What is reported of one micro-batch of trained tokens, on the device."""
         logp, behave_logp, staleness = output.logp, fields.behave_logp, fields.staleness
         found = [policy_statistics(objective.token_loss(logp, fields), logp, behave_logp, output.entropy)]
         if mini_batch == 0:

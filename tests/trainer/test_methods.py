@@ -49,7 +49,7 @@ def num_tokens(batch: Batch, num_mini_batches: int) -> np.ndarray:
 
 
 def forwards_by_the_book(name: str, batch: Batch, n: int) -> float:
-    """SPEC: what each method costs, in forwards of the whole batch."""
+    """What each method costs by docs/metrics.md, in forwards of the whole batch."""
     tokens = num_tokens(batch, n)
     match name:
         case "forced" | "forced metrics":
