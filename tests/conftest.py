@@ -1,7 +1,8 @@
 """What all tests share: one list at the end of what was left out, and why.
 
 A test that cannot run here skips itself with the reason ("no GPU", "no Slurm", ...). With A3PO_REQUIRE_ALL=1 a
-left-out test is a failure, except for a missing GPU: that is how CI knows that it ran everything.
+left-out test is a failure, except for a missing GPU: that is how CI knows that it ran everything. Slow tests are
+not part of it; they are listed as left out all the same.
 """
 
 import os
@@ -15,6 +16,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NO_GPU = "no GPU"
 OTHER_PAIR = "needs the newest megatron-core: `make test-newest` runs it"
+SLOW = "slow: `make test-slow` runs it"
+NUM_SLOW = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,6 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if marked and (reason := missing()):
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    # `-k` deselects in a call of its own, and what it leaves out was not asked for.
+    if all(item.get_closest_marker("slow") for item in items):
+        items[0].config.stash[NUM_SLOW] = len(items)
 
 
 def left_out(reporter: pytest.TerminalReporter) -> Counter[str]:
@@ -85,6 +94,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         f"{'FAILED, everything is required: ' if is_failure(reason) else ''}{count} x {reason}"
         for reason, count in left_out(terminalreporter).most_common()
     ]
+    if num_slow := config.stash.get(NUM_SLOW, 0):
+        lines.append(f"{num_slow} x {SLOW}")
     runs_all = config.args_source == pytest.Config.ArgsSource.TESTPATHS
     if runs_all and (line := newest_pair()):
         lines.append(line)
