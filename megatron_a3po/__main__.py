@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except Exception:
+    except SystemExit:
+        raise
+    except BaseException:  # torch's checkpoint errors are no Exceptions
         # The process boundary: Python would answer 1, which here means that two checkpoints differ.
         logging.getLogger(PACKAGE).exception("%s ended by an error of its own", arguments.command)
         return EXIT_NEEDS_PERSON

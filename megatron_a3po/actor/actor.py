@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_a3po.actor.grid import Grid
-from megatron_a3po.actor.model import build_model, padded_vocab_size, unwrap
+from megatron_a3po.actor.model import build_model, unwrap
 from megatron_a3po.actor.optimizer import Optimizer, Schedule
 from megatron_a3po.actor.packing import AlignedSequence, MicroBatch, micro_batches
 from megatron_a3po.actor.pipeline import LossSettings, Pipeline
@@ -60,7 +60,7 @@ class Actor:
         self.config, self.shape, self.grid, self.hf_path = actor, shape, grid, Path(model.hf_path)
         self.model = build_model(actor, shape, grid)
         self.family = FAMILIES[shape.model_type]
-        self.layout = Layout(shape, padded_vocab_size(actor, shape), grid.tp.rank, grid.tp.size)
+        self.layout = Layout(shape, actor.padded_vocab_size(shape.vocab_size), grid.tp.rank, grid.tp.size)
         vocab_shard = self.layout.padded_vocab_size // grid.tp.size
         chunk_tokens = actor.loss_chunk_tokens or choose_chunk_tokens(
             shape.hidden_size, vocab_shard, grid.device

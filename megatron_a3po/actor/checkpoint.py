@@ -4,13 +4,14 @@ Saved fully reshardable: another TP/PP/DP layout loads it, no flag to set before
 remember lies beside it and is the trainer's business (`trainer/recovery.py`).
 """
 
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as multiprocessing
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -18,6 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_a3po.actor.actor import Actor
 from megatron_a3po.actor.model import unwrap
 from megatron_a3po.actor.optimizer import Optimizer
+from megatron_a3po.lifetime import be_a_servant
 
 # Given to model and optimizer alike. Source: megatron.training.checkpointing._build_sharded_state_dict_metadata.
 _METADATA = {
@@ -143,7 +145,8 @@ def _give_each_parameter_its_own_step(optimizer: torch.optim.Optimizer) -> None:
 @contextmanager
 def _writer_results_from_a_fork() -> Iterator[None]:
     """The writer's results queue from a forked manager: a spawned one imports `__main__` again on every rank (16 s)."""
-    manager = multiprocessing.get_context("fork").Manager()
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(initializer=be_a_servant)
     filesystem_async._results_queue = manager.Queue()
     try:
         yield

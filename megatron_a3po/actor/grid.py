@@ -42,6 +42,7 @@ class Grid:
     pp: Axis
     dp: Axis
     host_group: dist.ProcessGroup
+    patience_s: float  # how long a rank may let the others wait in a collective
 
     @property
     def is_main(self) -> bool:
@@ -97,6 +98,7 @@ def build_grid(
         pp=_axis(parallel_state.get_pipeline_model_parallel_group()),
         dp=_axis(parallel_state.get_data_parallel_group()),
         host_group=_axis(dist.new_group(backend="gloo", timeout=timeout)).group,
+        patience_s=min(10.0, timeout_s / 4),
     )
 
 

@@ -154,12 +154,6 @@ def transformer_config(actor: ActorSection, shape: ModelShape) -> TransformerCon
     )
 
 
-def padded_vocab_size(actor: ActorSection, shape: ModelShape) -> int:
-    """Vocabulary rounded up so that every tensor rank holds the same number of rows."""
-    multiple = actor.make_vocab_size_divisible_by * actor.tensor_model_parallel_size
-    return -(-shape.vocab_size // multiple) * multiple
-
-
 def build_model(actor: ActorSection, shape: ModelShape, grid: Grid) -> list[DistributedDataParallel]:
     """This rank's stages, each wrapped for bf16 and data parallelism: one, or as many as virtual stages."""
     config = transformer_config(actor, shape)
@@ -171,7 +165,7 @@ def build_model(actor: ActorSection, shape: ModelShape, grid: Grid) -> list[Dist
         stage: Any = TargetPolicy(
             config,
             shape,
-            padded_vocab_size=padded_vocab_size(actor, shape),
+            padded_vocab_size=actor.padded_vocab_size(shape.vocab_size),
             pre_process=grid.pp.is_first and first_virtual,
             post_process=grid.pp.is_last and last_virtual,
             vp_stage=vp_stage,

@@ -53,7 +53,7 @@ class Pipeline:
             output = vocab_parallel_loss(
                 hidden[:, 0], weight, micro_batch.rows, micro_batch.fields, objective, **self._layer_settings
             )
-            denominator = torch.tensor(micro_batch.denominator, dtype=torch.int, device=hidden.device)
+            denominator = torch.full((), micro_batch.denominator, dtype=torch.int, device=hidden.device)
             # The schedule may free its output tensor's data after backward; what is kept is a copy.
             return output.loss, denominator, replace(output, loss=output.loss.detach().clone())
 

@@ -118,9 +118,9 @@ class RolloutClient:
         """A greedy response to a training prompt with tokens of one version, to compare sampler and trainer."""
         return self._call("probe", version, prompt_index)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> "Future[dict[str, Any]]":
         """What a checkpoint keeps of the rollouts. Call it between two `next_batch`es, also after a timeout."""
-        return self._call("state", self._num_batches).result()
+        return self._call("state", self._num_batches)
 
     def sampled_between(self, start: float, end: float) -> int:
         """Number of training tokens sampled in an interval of `time.monotonic`."""

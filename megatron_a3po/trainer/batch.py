@@ -18,6 +18,7 @@ from megatron_a3po.algorithm.advantages import group_advantages
 from megatron_a3po.algorithm.alignment import shift_to_predictions
 from megatron_a3po.algorithm.loss_mean import denominator, loss_weights
 from megatron_a3po.algorithm.staleness import NOT_GENERATED, trained_staleness
+from megatron_a3po.config import Config
 from megatron_a3po.config.actor import ActorSection
 from megatron_a3po.config.rollout import RolloutSection
 from megatron_a3po.errors import InputError, TrainingError
@@ -217,3 +218,22 @@ def _batch_of(arrays: dict[str, np.ndarray]) -> Batch:
 
 def batch_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:06d}.npz"
+
+
+def check_replayed(batch: Batch, path: Path, config: Config, vocab_size: int) -> None:
+    """A kept batch must be what the configuration describes. Errors: InputError names file, key and both values."""
+    problems = []
+    if len(batch.groups) != config.trainer.prompts_per_step:
+        wanted = config.trainer.prompts_per_step
+        problems.append(f"{path} has {len(batch.groups)} groups, but trainer.prompts_per_step={wanted}")
+    sizes = {len(group.trajectories) for group in batch.groups}
+    if sizes != {config.rollout.samples_per_prompt}:
+        wanted = config.rollout.samples_per_prompt
+        problems.append(
+            f"{path} has groups of {sorted(sizes)} samples, but rollout.samples_per_prompt={wanted}"
+        )
+    largest = max(int(trajectory.tokens.max()) for trajectory in batch.trajectories)
+    if largest >= vocab_size:
+        problems.append(f"{path} has the token {largest}, but model.hf_path has a vocabulary of {vocab_size}")
+    if problems:
+        raise InputError(f"{problem}; set it to what the batch was made with" for problem in problems)

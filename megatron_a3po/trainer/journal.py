@@ -1,5 +1,6 @@
 """Rank 0's account of a run: rows, samples, the display, and evaluations that come in while the loop goes on."""
 
+import contextlib
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -7,12 +8,14 @@ from types import TracebackType
 from typing import Any
 
 from megatron_a3po.config import Config
+from megatron_a3po.errors import A3POError
 from megatron_a3po.rollout.trajectory import Evaluation
 from megatron_a3po.trainer.batch import Batch
 from megatron_a3po.trainer.progress import Display
 from megatron_a3po.trainer.recording import Recorder, read_metrics
 from megatron_a3po.trainer.summary import closing_lines, mean_of, summarize, write_summary
 
+FIRST_ACCURACY_S = 20.0
 FULL_PIPELINE_STEP = 10  # by then generation runs as far ahead as the bound lets it
 
 
@@ -21,7 +24,7 @@ class Journal:
 
     def __init__(self, config: Config, attempt: int, tokenizer: Any) -> None:
         self.config, self.tokenizer, self.run_dir = config, tokenizer, Path(config.run_dir)
-        self.started = time.monotonic()
+        self._started, self.earlier_s = time.monotonic(), 0.0  # seconds of the attempts before this one
         self.display = Display(config, config.trainer.steps)
         self.recorder = Recorder(self.run_dir, attempt=attempt)
         self.warm_start_recorder = (
@@ -63,6 +66,19 @@ class Journal:
         latest = self.accuracy[max(self.accuracy)] if self.accuracy else None
         self.display.step(step, metrics, latest)
 
+    @property
+    def wall_seconds(self) -> float:
+        """Of the whole run, earlier attempts included."""
+        return self.earlier_s + time.monotonic() - self._started
+
+    def first_accuracy(self, known: float | None) -> float | None:
+        """Accuracy before the first step; where its evaluation is still under way, that is waited for a moment."""
+        for step, future in self._expected:
+            if step == 0 and known is None:
+                with contextlib.suppress(TimeoutError, A3POError):
+                    return future.result(FIRST_ACCURACY_S).accuracy
+        return self.accuracy.get(0, known)
+
     def finish(self, status: str, accuracy_before: float | None, export: Path | None) -> None:
         """Wait for the evaluations still on their way, write summary.json, say how it went."""
         while self._expected:
@@ -72,10 +88,10 @@ class Journal:
         summary = summarize(
             self.run_dir,
             status=status,
-            accuracy_before=accuracy_before,
+            accuracy_before=self.accuracy.get(0, accuracy_before),
             accuracy_after=self.accuracy.get(self.config.trainer.steps),
             export=export,
-            wall_seconds=time.monotonic() - self.started,
+            wall_seconds=self.wall_seconds,
             multi_version_fraction=mean_of(rows, "rollout/multi_version_fraction"),
         )
         write_summary(self.run_dir, summary)

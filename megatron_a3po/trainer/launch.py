@@ -4,7 +4,6 @@ The parent imports everything once and forks, so that starting a rank costs noth
 process group or a thread pool itself.
 """
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -21,6 +20,7 @@ from megatron_a3po.config import Config
 from megatron_a3po.config.checks import data_parallel_size
 from megatron_a3po.environment import Launch, set_default
 from megatron_a3po.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_NEEDS_PERSON
+from megatron_a3po.lifetime import end_with_parent
 from megatron_a3po.trainer import recovery
 from megatron_a3po.trainer.summary import closing_lines
 
@@ -48,20 +48,15 @@ def _launch_here(config: Config, resume: str) -> int:
         sys.stdout.write("\n".join(closing_lines(beginning.summary)) + "\n")
         return EXIT_DONE
     Place, run_rank = _import_worker()
-    actor = config.actor
-    world_size = (
-        data_parallel_size(config, None)
-        * actor.tensor_model_parallel_size
-        * actor.pipeline_model_parallel_size
-    )
+    world_size = data_parallel_size(config, None) * config.actor.model_parallel_size
     with tempfile.TemporaryDirectory(prefix="a3po-") as directory:
         rendezvous = f"file://{directory}/rendezvous"
 
         def rank_main(rank: int) -> None:
-            _die_with_parent()
+            end_with_parent()
             try:
                 code = run_rank(config, Place(rank, world_size, rank, rendezvous), beginning, resume)
-            except Exception:
+            except BaseException:  # Megatron-Core's checkpoint errors are no Exceptions
                 code = CRASHED
             sys.stdout.flush()
             sys.stderr.flush()
@@ -135,10 +130,3 @@ def _end(ranks: Sequence[BaseProcess], grace_s: float = GRACE_S) -> None:
         if process.is_alive():
             process.kill()
         process.join()
-
-
-def _die_with_parent() -> None:
-    """A rank must not outlive the command that started it. Linux only; elsewhere the broken process group ends it."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

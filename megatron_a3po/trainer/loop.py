@@ -3,11 +3,10 @@
 wait for the batch of this version -> align -> train on it -> publish the new weights -> write down what happened
 """
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron_a3po.actor import checkpoint as actor_checkpoint
 from megatron_a3po.actor.actor import Actor
@@ -21,7 +20,7 @@ from megatron_a3po.trainer.journal import Journal
 from megatron_a3po.trainer.method import Method
 from megatron_a3po.trainer.probe import probe
 from megatron_a3po.trainer.recovery import Checkpoint
-from megatron_a3po.trainer.source import Source, from_main
+from megatron_a3po.trainer.source import Source, from_main, wait_on_main
 from megatron_a3po.trainer.step import train_step
 from megatron_a3po.weights.publishing import forget_old_versions, version_directory
 
@@ -34,6 +33,7 @@ class Progress:
     skipped_in_a_row: int = 0
     steps_without_fresh_tokens: int = 0
     accuracy_before: float | None = None
+    wall_seconds: float = 0.0
 
 
 @dataclass
@@ -100,10 +100,21 @@ def save(run: Run) -> None:
     checkpoint = Checkpoint(run.run_dir, run.progress.step)
     from_main(run.actor.grid, checkpoint.open)
     actor_checkpoint.save(run.actor, checkpoint.actor_directory)
+    asked: list[Future[dict[str, Any]]] = []
+    rollouts: list[dict[str, Any]] = []  # stays on rank 0, which alone writes it
+
+    def wait_for_rollouts(timeout_s: float) -> None:
+        if not asked and run.client is not None:
+            asked.append(run.client.state())
+        rollouts.extend(future.result(timeout_s) for future in asked)
+
+    wait_on_main(run.actor.grid, wait_for_rollouts)
+    if run.journal is not None:
+        run.progress.wall_seconds = run.journal.wall_seconds
     from_main(
         run.actor.grid,
         lambda: checkpoint.complete(
-            run.config, vars(run.progress), run.client.state() if run.client else None
+            run.config, run.actor.shape, vars(run.progress), rollouts[0] if rollouts else None
         ),
     )
 
@@ -115,7 +126,7 @@ def write_down(run: Run, batch: Batch, metrics: dict[str, Any]) -> None:
     if run.journal is None:
         return
     step, version = run.progress.step, batch.version
-    metrics |= run.source.statistics | batch_metrics(batch) | seconds
+    metrics |= run.source.statistics | seconds
     if run.client is not None and intervals:
         metrics["rollout/sampled_while_training"] = run.client.sampled_between(
             intervals[0][0], intervals[-1][1]
@@ -132,18 +143,6 @@ def evaluate(run: Run) -> None:
     """Ask for the accuracy of the weights of this moment. Nobody waits: it is written down when it is there."""
     if run.client is not None and run.journal is not None and run.config.data.held_out:
         run.journal.expect(run.progress.step, run.client.evaluate(run.progress.step))
-
-
-def batch_metrics(batch: Batch) -> dict[str, Any]:
-    """What the versions of a batch say: tokens of each staleness, and responses continued under newer weights."""
-    responses = [t.versions[t.prompt_length :] for t in batch.trajectories]
-    ages, counts = np.unique(batch.version - np.concatenate(responses), return_counts=True)
-    return {
-        "staleness/histogram": {str(age): int(count) for age, count in zip(ages, counts, strict=True)},
-        "rollout/multi_version_fraction": float(
-            np.mean([len(np.unique(versions)) > 1 for versions in responses])
-        ),
-    }
 
 
 def stop_where_nothing_is_learned(run: Run, metrics: dict[str, Any]) -> None:

@@ -4,16 +4,17 @@ Tokens of staleness 0 compare the two for free. A run whose tokens are all older
 samples from another distribution than the trainer scores; so every `trainer.probe_every` such steps it asks.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from megatron_a3po.actor.packing import AlignedSequence
 from megatron_a3po.algorithm.alignment import shift_to_predictions
+from megatron_a3po.rollout.client import RolloutClient
 from megatron_a3po.rollout.trajectory import Trajectory
 from megatron_a3po.trainer.batch import supervised_sequence
-from megatron_a3po.trainer.source import from_main
+from megatron_a3po.trainer.source import result_on_main
 
 if TYPE_CHECKING:
     from megatron_a3po.trainer.loop import Run
@@ -28,8 +29,8 @@ def probe(run: "Run", metrics: dict[str, Any]) -> dict[str, float]:
     if run.progress.steps_without_fresh_tokens % run.config.trainer.probe_every:
         return {}
     version = run.progress.step
-    trajectory = from_main(run.actor.grid, lambda: run.client.probe(version).result() if run.client else None)
-    if trajectory is None or not (trajectory.versions[trajectory.prompt_length :] == version).all():
+    trajectory = result_on_main(run.actor.grid, lambda: cast(RolloutClient, run.client).probe(version))
+    if not (trajectory.versions[trajectory.prompt_length :] == version).all():
         return {}  # the engine was already asked for newer weights: nothing to compare with
     return compare(run.actor, trajectory)
 

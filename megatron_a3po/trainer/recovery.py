@@ -2,7 +2,8 @@
 
     checkpoints/step-<n>/     complete when, and only when, the name has no suffix
         actor/                model, optimizer, schedule (actor/checkpoint.py)
-        trainer.json          step and version, the configuration's hash
+        trainer.json          step (and so version) and what else the loop counts
+        model.json            the shape of the model
         rollouts.pickle       prompt cursor, prompts in flight, finished groups (rollout/client.py)
         config.yaml           the configuration it was written under
         manifest.json         format number, sizes and checksums of the files above
@@ -10,15 +11,20 @@
 There is no random state to keep: prompts, samples and shuffles are functions of (seed, position).
 """
 
+import dataclasses
+import fcntl
 import hashlib
+import itertools
 import json
+import os
 import pickle
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_a3po.config import Config, to_yaml
+from megatron_a3po.config import Config, ModelShape, read_model_shape, to_yaml
 from megatron_a3po.config.difference import differing_keys
 from megatron_a3po.errors import ConfigError, InputError
 
@@ -38,30 +44,62 @@ class Beginning:
 
 
 def begin(config: Config, resume: str) -> Beginning:
-    """Decide what to do with `run_dir` and claim it. Errors: ConfigError (another configuration), InputError (no
-    checkpoint at PATH). Touches nothing but the run directory's name, under `--resume never`."""
+    """Decide how this start goes on. Touches nothing but the run directory's name, under `--resume never`.
+
+    Errors: ConfigError (another configuration, an unusable run_dir, a checkpoint of another model or beyond the run),
+    InputError (no checkpoint at PATH).
+    """
     run_dir = Path(config.run_dir)
-    if resume not in ("auto", "never"):
-        checkpoint, notes = _checkpoint_at(Path(resume))
-        _refuse_another_configuration(run_dir, config)
-        return Beginning("continue", _next_attempt(run_dir), checkpoint, notes=notes)
+    notes: tuple[str, ...] = ()
     if resume == "never" and run_dir.exists():
-        aside = next(
-            path
-            for n in range(1, 10_000)
-            if not (path := run_dir.with_name(f"{run_dir.name}.old-{n}")).exists()
+        notes = (f"moved the old run to {_move_aside(run_dir)}",)
+    _refuse_unusable(run_dir)
+    checkpoint = None
+    used = (run_dir / "config.yaml").is_file()
+    if used:
+        _refuse_another_configuration(run_dir, config)
+        if (run_dir / "summary.json").is_file():
+            return Beginning("finished", summary=json.loads((run_dir / "summary.json").read_text()))
+        checkpoint, notes = latest_checkpoint(run_dir)
+    if checkpoint is None and resume not in ("auto", "never"):
+        # Once the run has a checkpoint of its own, it goes on from that.
+        checkpoint, notes = _checkpoint_at(Path(resume))
+    if checkpoint is not None:
+        _refuse_unfit(checkpoint, config)
+    return Beginning(
+        "continue" if used or checkpoint else "new", _next_attempt(run_dir), checkpoint, notes=notes
+    )
+
+
+def _move_aside(run_dir: Path) -> Path:
+    names = (run_dir.with_name(f"{run_dir.name}.old-{number}") for number in itertools.count(1))
+    aside = next(path for path in names if not path.exists())
+    run_dir.rename(aside)
+    return aside
+
+
+def _refuse_unusable(run_dir: Path) -> None:
+    """Errors: ConfigError where no files can be written under run_dir."""
+    existing = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        what = "a directory that can be written to" if existing.is_dir() else "a directory"
+        raise ConfigError(f"run_dir is {run_dir}, but {existing} is not {what}; give another run_dir=...")
+
+
+def _refuse_unfit(checkpoint: Path, config: Config) -> None:
+    """Errors: ConfigError where a checkpoint belongs to another model, or is past the end of the run."""
+    shape = dataclasses.asdict(read_model_shape(config.model.hf_path))
+    saved = json.loads((checkpoint / "model.json").read_text())
+    shape = json.loads(json.dumps(shape))
+    if keys := [key for key in shape if saved.get(key) != shape[key]]:
+        found = ", ".join(f"{key} {saved.get(key)} instead of {shape[key]}" for key in keys)
+        raise ConfigError(
+            f"{checkpoint} is of another model than model.hf_path={config.model.hf_path} ({found})"
         )
-        run_dir.rename(aside)
-        return Beginning("new", notes=(f"moved the old run to {aside}",))
-    if not (run_dir / "config.yaml").is_file():
-        return Beginning("new")
-    _refuse_another_configuration(run_dir, config)
-    if (run_dir / "summary.json").is_file():
-        summary = json.loads((run_dir / "summary.json").read_text())
-        if summary["status"] == "done":
-            return Beginning("finished", summary=summary)
-    checkpoint, notes = latest_checkpoint(run_dir)
-    return Beginning("continue", _next_attempt(run_dir), checkpoint, notes=notes)
+    if (step := read_trainer_state(checkpoint)["step"]) > config.trainer.steps:
+        raise ConfigError(
+            f"{checkpoint} is of step {step}, but trainer.steps={config.trainer.steps}; raise it or take an earlier one"
+        )
 
 
 def _refuse_another_configuration(run_dir: Path, config: Config) -> None:
@@ -73,10 +111,29 @@ def _refuse_another_configuration(run_dir: Path, config: Config) -> None:
         )
 
 
-def claim(config: Config, attempt: int) -> None:
-    """Write the resolved configuration and the attempt's number. Called once per start, by one process."""
+def claim(config: Config, attempt: int, held: ExitStack) -> None:
+    """Take the run directory for this attempt, for as long as `held` lasts; write configuration and attempt number.
+
+    Errors: ConfigError where another start has it.
+    """
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context((run_dir / "lock").open("a+"))
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir is {run_dir}, but nothing can be written there ({error.strerror})"
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise ConfigError(
+            f"run_dir is {run_dir}, where a run is under way (pid {lock.read().strip()}); give another run_dir=..."
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
     write_aside(run_dir / "config.yaml", to_yaml(config))
     write_aside(run_dir / "attempt", str(attempt))
 
@@ -125,9 +182,12 @@ class Checkpoint:
         shutil.rmtree(self.aside, ignore_errors=True)
         self.actor_directory.mkdir(parents=True)
 
-    def complete(self, config: Config, trainer: dict[str, Any], rollouts: dict[str, Any] | None) -> None:
+    def complete(
+        self, config: Config, shape: ModelShape, trainer: dict[str, Any], rollouts: dict[str, Any] | None
+    ) -> None:
         """Rank 0, after every rank has written: state, manifest, the final name, and old ones forgotten."""
         (self.aside / "config.yaml").write_text(to_yaml(config))
+        (self.aside / "model.json").write_text(json.dumps(dataclasses.asdict(shape)))
         (self.aside / "trainer.json").write_text(json.dumps(trainer))
         (self.aside / "rollouts.pickle").write_bytes(pickle.dumps(rollouts))
         files = [path for path in sorted(self.aside.rglob("*")) if path.is_file()]

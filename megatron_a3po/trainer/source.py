@@ -5,16 +5,19 @@ the same way, so that every rank ends at the same step with the same exit code.
 """
 
 import signal
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch.distributed as dist
 
 from megatron_a3po.actor.grid import Grid
+from megatron_a3po.config import Config
 from megatron_a3po.errors import A3POError, InputError
 from megatron_a3po.rollout.client import RolloutClient
-from megatron_a3po.trainer.batch import Batch, batch_path, load_batch
+from megatron_a3po.trainer.batch import Batch, batch_path, check_replayed, load_batch
 
 T = TypeVar("T")
 POLL_S = 0.2
@@ -55,14 +58,17 @@ class LiveSource:
         self.statistics: dict[str, float] = {}  # what the rollout process said beside the latest batch
 
     def next(self, version: int) -> Batch | None:
-        return from_main(self.grid, lambda: self._wait(version))
+        return wait_on_main(self.grid, lambda timeout_s: self._wait(version, timeout_s))
 
-    def _wait(self, version: int) -> Batch | None:
+    def _wait(self, version: int, timeout_s: float) -> Batch | None:
         assert self.client is not None
+        deadline = time.monotonic() + timeout_s
         while not self.stop.wished:
             try:
                 rollouts = self.client.next_batch(version, timeout_s=POLL_S)
             except TimeoutError:
+                if time.monotonic() > deadline:
+                    raise
                 continue
             self.statistics = rollouts.statistics
             return Batch(rollouts.groups, version)
@@ -74,8 +80,9 @@ class ReplaySource:
 
     publishes = False
 
-    def __init__(self, grid: Grid, directory: Path, stop: StopWish) -> None:
-        self.grid, self.directory, self.stop = grid, directory, stop
+    def __init__(self, grid: Grid, config: Config, vocab_size: int, stop: StopWish) -> None:
+        self.grid, self.config, self.vocab_size, self.stop = grid, config, vocab_size, stop
+        self.directory = Path(config.trainer.replay or "")
         self.statistics: dict[str, float] = {}
 
     def next(self, version: int) -> Batch | None:
@@ -87,7 +94,9 @@ class ReplaySource:
             raise InputError(
                 f"{path} is missing: trainer.replay has no batch for step {step}; lower trainer.steps"
             )
-        return load_batch(path)
+        batch = load_batch(path)
+        check_replayed(batch, path, self.config, self.vocab_size)
+        return batch
 
 
 def from_main(grid: Grid, make: Callable[[], T]) -> T:
@@ -102,3 +111,33 @@ def from_main(grid: Grid, make: Callable[[], T]) -> T:
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def wait_on_main(grid: Grid, attempt: Callable[[float], T]) -> T:
+    """What `attempt(timeout_s)` returns on rank 0 once it raises no TimeoutError, on every rank. Collective.
+
+    However long that takes, the ranks meet in between: no collective comes near the process group's time limit.
+    """
+
+    def once() -> tuple[bool, T | None]:
+        try:
+            return True, attempt(grid.patience_s)
+        except TimeoutError:
+            return False, None
+
+    while True:
+        done, value = from_main(grid, once)
+        if done:
+            return cast(T, value)
+
+
+def result_on_main(grid: Grid, ask: Callable[[], "Future[T]"]) -> T:
+    """What the future that `ask` makes on rank 0 resolves to, on every rank. Collective."""
+    asked: list[Future[T]] = []
+
+    def attempt(timeout_s: float) -> T:
+        if not asked:
+            asked.append(ask())
+        return asked[0].result(timeout_s)
+
+    return wait_on_main(grid, attempt)

@@ -1,10 +1,12 @@
 """One training step: score what the method needs scored, update mini-batch by mini-batch, gather what was measured.
 
-Everything a rank measured leaves it in one all-gather, after the last update; nothing is read from a device before.
+Everything a rank measured leaves it in one all-gather, after the last update. Before that an update's gradient norm is
+all that is read from a device.
 """
 
 import logging
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ class Measured:
 
 def train_step(
     actor: Actor, mini_batches: list[list[AlignedSequence]], method: Method, clock: Clock
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """All updates of one step; returns its metrics, the same on every rank."""
     packs = [actor.pack(mini_batch) if mini_batch else [] for mini_batch in mini_batches]
     measured = Measured(Statistics.empty(QUANTITIES, actor.grid.device))
@@ -118,13 +120,19 @@ def _gathered(actor: Actor, measured: Measured) -> dict[str, float]:
     return metrics
 
 
-def _of_batch(mini_batches: list[list[AlignedSequence]]) -> dict[str, float]:
-    """What the host knows of a batch: its trained tokens and their staleness."""
-    sequences = [sequence for mini_batch in mini_batches for sequence in mini_batch]
-    stale = np.concatenate([np.zeros(0, np.int32), *(s.staleness[s.loss_mask] for s in sequences)])
-    metrics: dict[str, float] = {"tokens/trained": float(len(stale))}
+def _of_batch(mini_batches: list[list[AlignedSequence]]) -> dict[str, Any]:
+    """What the host knows of a batch: its trained tokens, their staleness, and how many responses have several."""
+    ages = [s.staleness[s.loss_mask] for mini_batch in mini_batches for s in mini_batch]
+    stale = np.concatenate([np.zeros(0, np.int32), *ages])
+    metrics: dict[str, Any] = {"tokens/trained": float(len(stale))}
     if len(stale):
-        metrics |= {"staleness/avg": float(stale.mean()), "staleness/max": float(stale.max())}
+        values, counts = np.unique(stale, return_counts=True)
+        metrics |= {
+            "staleness/avg": float(stale.mean()),
+            "staleness/max": float(stale.max()),
+            "staleness/histogram": {str(age): int(n) for age, n in zip(values, counts, strict=True)},
+            "rollout/multi_version_fraction": float(np.mean([len(np.unique(age)) > 1 for age in ages])),
+        }
     return metrics
 
 

@@ -66,7 +66,8 @@ def run_rank(config: Config, place: Place, beginning: Beginning | None, resume: 
         )
         if beginning is None:
             beginning = from_main(grid, lambda: recovery.begin(config, resume))
-            step_filter = set_up_logs(config.run_dir, f"rank-{place.rank}", speaks=place.rank == 0)
+            decided = config.run_dir
+            step_filter = set_up_logs(decided, f"rank-{place.rank}", speaks=place.rank == 0)
         if beginning.kind == "finished":
             code = _show_finished(grid, beginning)
         else:
@@ -76,12 +77,12 @@ def run_rank(config: Config, place: Place, beginning: Beginning | None, resume: 
     except A3POError as error:
         if place.rank == 0:
             sys.stderr.write("".join(f"{problem}\n" for problem in error.problems))
-        set_up_logs(config.run_dir, f"rank-{place.rank}", speaks=False)
+        set_up_logs(decided, f"rank-{place.rank}", speaks=False)
         logger.error("stopped: %s", error)
         return error.exit_code
-    except Exception:
+    except BaseException:  # torch's checkpoint errors are no Exceptions
         # The first rank to fail has the cause; its peers follow with broken connections. Each to its own file.
-        set_up_logs(config.run_dir, f"rank-{place.rank}", speaks=False)
+        set_up_logs(decided, f"rank-{place.rank}", speaks=False)
         logger.critical("rank %d failed:\n%s", place.rank, traceback.format_exc())
         raise
 
@@ -97,13 +98,14 @@ def _session(
 ) -> int:
     shape = read_model_shape(config.model.hf_path)
     tokenizer = _tokenizer(config.model.hf_path)
+    attempt = beginning.attempt
     with ExitStack() as stack:
+        from_main(grid, lambda: recovery.claim(config, attempt, stack))
         journal = None
         if grid.is_main:
             for note in beginning.notes:
                 logger.warning(note)
-            recovery.claim(config, beginning.attempt)
-            journal = stack.enter_context(Journal(config, beginning.attempt, tokenizer))
+            journal = stack.enter_context(Journal(config, attempt, tokenizer))
             journal.display.plan(plan_lines(config, shape, grid.dp.size))
         actor = Actor(
             config.actor,
@@ -125,7 +127,9 @@ def _session(
                 stack.callback(client.stop)
             source = LiveSource(grid, client, stop)
         else:
-            client, source = None, ReplaySource(grid, Path(config.trainer.replay or ""), stop)
+            client, source = None, ReplaySource(grid, config, shape.vocab_size, stop)
+        if journal is not None:
+            journal.earlier_s = progress.wall_seconds
         return _train(Run(config, actor, source, client, journal, progress, step_filter))
 
 
@@ -134,6 +138,8 @@ def _train(run: Run) -> int:
     loop.evaluate(run)
     finished = loop.train(run)
     if not finished:
+        if run.journal is not None:
+            run.progress.accuracy_before = run.journal.first_accuracy(run.progress.accuracy_before)
         loop.save(run)
         logger.info("stopped after step %d with a checkpoint: run again to continue", run.progress.step)
         return EXIT_STOPPED

@@ -144,7 +144,7 @@ def test_a_directory_that_is_gone_since_a_newer_is_there(
 def test_a_restart_with_the_state_loses_no_prompt_and_repeats_none(start: Starter, versions: list[Path]):
     client = start("rollout.max_staleness=2")
     consumed = train(client, versions, 0, 2)
-    state = client.state()
+    state = client.state().result()
     client.stop()
     client = start("rollout.max_staleness=2", state=state, first_version=2)
     consumed += train(client, versions, 2, 3)
@@ -159,7 +159,7 @@ def test_a_batch_on_its_way_belongs_to_the_state(start: Starter, versions: list[
         client.next_batch(0, timeout_s=0.0)
     assert client._batch is not None
     client._batch[1].result(WAIT_S)  # it has arrived, but nobody took it
-    state = client.state()
+    state = client.state().result()
     client.stop()
     client = start(state=state)
     assert prompt_indices(train(client, versions, 0, 2)) == list(range(8))
@@ -170,7 +170,7 @@ def test_fixed_staleness_goes_on_bitwise_after_a_restart(start: Starter, version
     straight = train(start(*fixed), versions, 0, 3)
     client = start(*fixed)
     resumed = train(client, versions, 0, 2)
-    state = client.state()
+    state = client.state().result()
     client.stop()
     resumed += train(start(*fixed, state=state, first_version=2), versions, 2, 3)
     for (step, group), (_, twin) in zip(straight, resumed, strict=True):
@@ -191,7 +191,7 @@ def test_a_reward_that_keeps_failing_arrives_with_its_traceback(start: Starter):
     ):
         client.next_batch(0, WAIT_S)
     with pytest.raises(RewardError):
-        client.state()
+        client.state().result()
 
 
 def test_bad_input_is_named_without_a_traceback(start: Starter):
