@@ -51,19 +51,6 @@ def set_default(variable: str, value: str) -> None:
     os.environ.setdefault(variable, value)
 
 
-def export_launch(launch: Launch) -> None:
-    """Write a launch the way torch's `env://` rendezvous reads it."""
-    values = {
-        "RANK": launch.rank,
-        "WORLD_SIZE": launch.world_size,
-        "LOCAL_RANK": launch.local_rank,
-        "LOCAL_WORLD_SIZE": launch.local_world_size,
-        "MASTER_ADDR": launch.master_address,
-        "MASTER_PORT": launch.master_port,
-    }
-    os.environ.update({name: str(value) for name, value in values.items() if value is not None})
-
-
 def _torchrun(variables: Mapping[str, str]) -> Launch:
     rank, world_size = _number(variables, "RANK"), _number(variables, "WORLD_SIZE")
     if not 0 <= rank < world_size:

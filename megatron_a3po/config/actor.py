@@ -165,3 +165,8 @@ class ActorSection(Section):
         return (
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )
+
+    def padded_vocab_size(self, vocab_size: int) -> int:
+        """The vocabulary as the ranks hold it: rounded up, so that every tensor rank has the same number of rows."""
+        multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
+        return -(-vocab_size // multiple) * multiple

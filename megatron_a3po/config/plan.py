@@ -25,19 +25,6 @@ def plan_lines(config: Config, shape: ModelShape, data_parallel_size: int) -> li
     return [*lines, *(f"note       {sentence}" for sentence in cautions(config, shape))]
 
 
-def padded_vocab_size(config: Config, shape: ModelShape) -> int:
-    """The vocabulary as the ranks hold it: a multiple of make_vocab_size_divisible_by times TP."""
-    multiple = config.actor.make_vocab_size_divisible_by * config.actor.tensor_model_parallel_size
-    return -(-shape.vocab_size // multiple) * multiple
-
-
-def rank_coordinates(config: Config, rank: int, data_parallel_size: int) -> tuple[int, int, int]:
-    """(dp, pp, tp) of a rank, in Megatron-Core's own order: TP varies fastest, then DP, then PP."""
-    rest, tp_rank = divmod(rank, config.actor.tensor_model_parallel_size)
-    pp_rank, dp_rank = divmod(rest, data_parallel_size)
-    return dp_rank, pp_rank, tp_rank
-
-
 def expected_forwards(config: Config) -> float:
     """Forwards per trained token if mini-batches had equal lengths; the run counts the real ones."""
     actor = config.actor
@@ -57,7 +44,7 @@ def _grid(config: Config, data_parallel_size: int) -> Iterator[str]:
         f"{tensor_size}{', sequence parallel' if actor.sequence_parallel else ''}"
     )
     shown = min(data_parallel_size, 4)
-    for dp_rank in range(shown):
+    for dp_rank in range(shown):  # Megatron-Core's own order: TP varies fastest, then DP, then PP
         places = []
         for pp_rank in range(stages):
             first = (pp_rank * data_parallel_size + dp_rank) * tensor_size
@@ -72,7 +59,6 @@ def _model(config: Config, shape: ModelShape) -> Iterator[str]:
     actor = config.actor
     stages = actor.pipeline_model_parallel_size
     chunks = actor.virtual_pipeline_model_parallel_size
-    padded = padded_vocab_size(config, shape)
     per_stage = "" if stages == 1 else f", {shape.num_layers // stages} on each stage"
     if chunks is not None:
         per_stage += f" in {chunks} chunks"
@@ -80,10 +66,10 @@ def _model(config: Config, shape: ModelShape) -> Iterator[str]:
         f"model      {shape.model_type}, {config.model.initialization}, {_count(shape.num_layers, 'layer')} "
         f"of width {shape.hidden_size}{per_stage}, computed in {'bf16' if actor.bf16 else 'fp32'}"
     )
-    yield (
-        f"           vocabulary {shape.vocab_size} padded to {padded}, "
-        f"{padded // actor.tensor_model_parallel_size} on each tensor rank"
-    )
+    padded, tensor_size = actor.padded_vocab_size(shape.vocab_size), actor.tensor_model_parallel_size
+    padding = "" if padded == shape.vocab_size else f", padded to {padded}"
+    per_rank = "" if tensor_size == 1 else f", {padded // tensor_size} on each tensor rank"
+    yield f"           vocabulary of {shape.vocab_size} tokens{padding}{per_rank}"
 
 
 def _batch(config: Config, data_parallel_size: int) -> Iterator[str]:
@@ -101,10 +87,10 @@ def _batch(config: Config, data_parallel_size: int) -> Iterator[str]:
         f"           {cut}; {_count(trainer.steps, 'training step')} make "
         f"{_count(config.optimizer_steps, 'optimizer step')} in total"
     )
-    yield (
-        f"           a forward packs at most {actor.max_tokens_per_micro_batch} tokens (a micro-batch); "
-        f"each of {_count(data_parallel_size, 'copy', 'copies')} of the model gets as many as every other"
-    )
+    even = ""
+    if data_parallel_size > 1:
+        even = f"; the {data_parallel_size} copies of the model run equally many"
+    yield f"           a forward packs at most {actor.max_tokens_per_micro_batch} tokens (a micro-batch){even}"
     if config.needs_rollouts:
         longest = config.data.max_prompt_tokens + rollout.max_response_tokens
         yield f"           a trajectory has at most {longest} tokens, {rollout.max_response_tokens} of them trained"
