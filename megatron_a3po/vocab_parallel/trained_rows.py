@@ -115,6 +115,8 @@ class _Returning:
     def put_on_its_way(self, pending: Pending, part: range) -> None:
         self.finish()
         self.on_its_way = pending, part
+        if pending.work is None:  # one rank: nothing to wait for, so nothing to keep
+            self.finish()
 
     def finish(self) -> Tensor:
         if self.on_its_way is not None:
