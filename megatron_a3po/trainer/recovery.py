@@ -44,7 +44,7 @@ class Beginning:
 
 
 def begin(config: Config, resume: str) -> Beginning:
-    """Decide how this start goes on. Touches nothing but the run directory's name, under `--resume never`.
+    """Decide how this start goes on. Makes the run directory where there is none; `--resume never` renames an old one.
 
     Errors: ConfigError (another configuration, an unusable run_dir, a checkpoint of another model or beyond the run),
     InputError (no checkpoint at PATH).
@@ -53,7 +53,6 @@ def begin(config: Config, resume: str) -> Beginning:
     notes: tuple[str, ...] = ()
     if resume == "never" and run_dir.exists():
         notes = (f"moved the old run to {_move_aside(run_dir)}",)
-    _refuse_unusable(run_dir)
     checkpoint = None
     used = (run_dir / "config.yaml").is_file()
     if used:
@@ -66,6 +65,7 @@ def begin(config: Config, resume: str) -> Beginning:
         checkpoint, notes = _checkpoint_at(Path(resume))
     if checkpoint is not None:
         _refuse_unfit(checkpoint, config)
+    _make(run_dir)
     return Beginning(
         "continue" if used or checkpoint else "new", _next_attempt(run_dir), checkpoint, notes=notes
     )
@@ -78,12 +78,14 @@ def _move_aside(run_dir: Path) -> Path:
     return aside
 
 
-def _refuse_unusable(run_dir: Path) -> None:
-    """Errors: ConfigError where no files can be written under run_dir."""
-    existing = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        what = "a directory that can be written to" if existing.is_dir() else "a directory"
-        raise ConfigError(f"run_dir is {run_dir}, but {existing} is not {what}; give another run_dir=...")
+def _make(run_dir: Path) -> None:
+    """Errors: ConfigError where there can be no such directory."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir is {run_dir}, which cannot be made ({error.strerror}); give another run_dir=..."
+        ) from None
 
 
 def _refuse_unfit(checkpoint: Path, config: Config) -> None:
@@ -118,7 +120,6 @@ def claim(config: Config, attempt: int, held: ExitStack) -> None:
     """
     run_dir = Path(config.run_dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         lock = held.enter_context((run_dir / "lock").open("a+"))
     except OSError as error:
         raise ConfigError(

@@ -1,5 +1,7 @@
 """Reward functions as a user writes them, named by import path in the tests' configurations."""
 
+import time
+
 
 def any_response(prompt: str, response: str, answer: str) -> float:
     """Differs from response to response, so that every group has something to learn from."""
@@ -8,3 +10,8 @@ def any_response(prompt: str, response: str, answer: str) -> float:
 
 def broken(prompt: str, response: str, answer: str) -> float:
     raise LookupError(f"no reward for {prompt}")
+
+
+def slow(prompt: str, response: str, answer: str) -> float:
+    time.sleep(1.0)
+    return any_response(prompt, response, answer)

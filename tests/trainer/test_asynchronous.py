@@ -237,3 +237,15 @@ def test_under_torchrun(task: Task) -> None:
     again = command.spawn(task.folder / "out" / "torchrun", *argv, program=program).wait()
     assert again.code == 0, again.output
     assert again.output.count("done: 2 training steps") == 1
+
+
+def test_a_batch_may_take_longer_than_a_collective(task: Task) -> None:
+    """Two workers score the 16 responses of a batch in 8 s; the process group's limit is half of that."""
+    rows = task.run(
+        "slow-reward",
+        "reward.path=tests.trainer.rewards:slow",
+        "actor.data_parallel_size=2",
+        "distributed.timeout_s=4",
+        "trainer.steps=1",
+    )
+    assert rows[0]["time/wait_for_samples"] > 4

@@ -93,6 +93,14 @@ def test_refused(
     assert all(fragment in said for fragment in fragments), said
 
 
+def test_a_damaged_tokenizer(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    other = tmp_path / "other"
+    tiny_model(4).save_pretrained(other)
+    (other / "tokenizer.json").write_text("{")
+    assert main(["evaluate", str(run_dir), "--checkpoint", str(other)]) == 2
+    assert f"{other}/tokenizer.json is not readable as JSON" in capsys.readouterr().err
+
+
 def test_a_run_that_has_not_ended(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "config.yaml").write_text((run_dir / "config.yaml").read_text())
     assert main(["evaluate", str(tmp_path)]) == 2
