@@ -184,6 +184,11 @@ REFUSED = {
     ),
     "no reward": (["reward=null"], ["reward is missing"]),
     "reward module": (["reward={type: function, path: 'not_there:f'}"], ["reward.path", "not_there"]),
+    "reward function": (
+        ["reward={type: function, path: 'json.decoder:lods'}"],
+        ["reward.path", "decoder.py has no lods"],
+    ),
+    "reward submodule": (["reward={type: function, path: 'json.loads:f'}"], ["json has no module loads"]),
     "reward path": (["reward={type: function, path: not_there}"], ["reward.path", "must be"]),
     "evaluation without data": (["trainer.evaluate_every=5"], ["data.held_out is missing"]),
     "pretrained without weights": (["model.initialization=pretrained"], ["safetensors"]),
@@ -234,12 +239,17 @@ def test_refused_model(run_file: Path, changes: dict, fragments: list[str]):
 @pytest.mark.parametrize(
     ("text", "fragments"),
     [
-        ('{"prompt": "a", "answer": "b"}\n{"prompt": \n', ["train.jsonl:2", "JSON"]),
+        ('{"prompt": "a", "answer": "1"}\n{"prompt": \n', ["train.jsonl:2", "JSON"]),
         ('{"answer": "b"}\n', ["train.jsonl:1", "no prompt"]),
         ('{"prompt": "a"}\n', ["train.jsonl:1", "no answer"]),
         ('{"prompt": 3, "answer": "b"}\n', ["train.jsonl:1", "prompt=3"]),
         ('{"messages": [{"role": "user"}], "answer": "b"}\n', ["train.jsonl:1", "messages"]),
         ('["a", "b"]\n', ["train.jsonl:1", "JSON object"]),
+        (
+            '{"prompt": "a", "answer": 1}\n{"prompt": "a", "answer": "b"}\n',
+            ["train.jsonl:2", '"b"', "reward.type"],
+        ),
+        ('{"prompt": "a", "answer": "18 by\\n#### two"}\n', ["train.jsonl:1", '"two" without a number']),
         ("\n\n", ["is empty"]),
         ("\udcff", ["not readable as text"]),
     ],

@@ -1,10 +1,12 @@
 """What a line of a data file must hold, in one place: the checks at start and the loader both ask here.
 
 A row has a prompt, as `prompt`, `question` (both text) or `messages` (a chat), and an `answer`; a warm start
-needs a `response` too. No tokenizer here: a prompt that is too long is found when it is tokenized.
+needs a `response` too, and the reward `exact_number` an answer with a number. No tokenizer here: a prompt that
+is too long is found when it is tokenized.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,31 +15,39 @@ from megatron_a3po.config.problem import shown
 from megatron_a3po.errors import InputError
 
 PROMPT_KEYS = ("prompt", "question", "messages")
+ANSWER_MARK = "####"  # GSM8K's, between how one gets to the answer and the answer
 
 
-def rows(path: str | Path, *, with_response: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows(
+    path: str | Path, *, with_response: bool = False, with_number: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) for each line that is not blank; InputError names file and line of the first bad one."""
     file = Path(path)
     try:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield number, _row(f"{file}:{number}", line, with_response)
+                    yield number, _row(f"{file}:{number}", line, with_response, with_number)
     except FileNotFoundError:
         raise InputError(f"{file} is not there: give the path of a JSONL file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not readable as text: {error}.") from None
 
 
-def count_rows(path: str | Path, *, with_response: bool = False) -> int:
+def count_rows(path: str | Path, *, with_response: bool = False, with_number: bool = False) -> int:
     """How many rows a data file has; InputError if one is bad or there is none."""
-    count = sum(1 for _ in rows(path, with_response=with_response))
+    count = sum(1 for _ in rows(path, with_response=with_response, with_number=with_number))
     if not count:
         raise InputError(f"{path} is empty: give a JSONL file with one example on each line.")
     return count
 
 
-def _row(where: str, line: str, with_response: bool) -> dict[str, Any]:
+def final_answer(row: dict[str, Any]) -> str:
+    """The answer that a response is held against."""
+    return str(row["answer"]).split(ANSWER_MARK)[-1].strip()
+
+
+def _row(where: str, line: str, with_response: bool, with_number: bool) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -58,6 +68,11 @@ def _row(where: str, line: str, with_response: bool) -> dict[str, Any]:
         raise InputError(f"{where} has {key}={shown(row[key])}, but it must be text.")
     if not isinstance(row.get("answer"), str | int | float):
         raise InputError(f"{where} has no answer: it must hold `answer`, a text or a number.")
+    if with_number and not re.search(r"\d", final_answer(row)):
+        raise InputError(
+            f"{where} has the answer {shown(final_answer(row))} without a number, which "
+            "reward.type=exact_number needs: mend the row, or use another reward.type."
+        )
     if with_response and not isinstance(row.get("response"), str):
         raise InputError(f"{where} has no response: a warm start learns from the text in `response`.")
     return row

@@ -1,10 +1,11 @@
-"""The refusals that need the files a configuration names: the model's shape, the data's lines, replayed
-batches.
+"""The refusals that need the files a configuration names: the model's shape, the data's lines, replayed batches.
 
 Only json is used, no torch and no transformers.
 """
 
 import importlib.util
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from megatron_a3po.config.config import Config
 from megatron_a3po.config.data_file import count_rows
 from megatron_a3po.config.model_shape import ModelShape, read_model_shape
 from megatron_a3po.config.problem import Problem, shown
-from megatron_a3po.config.reward import FunctionReward
+from megatron_a3po.config.reward import ExactNumberReward, FunctionReward
+from megatron_a3po.config.reward_module import why_not_found
 from megatron_a3po.errors import InputError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+BATCH_FILE = re.compile(r"step-(\d{6,})\.npz")
 
 
 def file_problems(config: Config) -> Iterator[Problem]:
@@ -49,6 +52,19 @@ def _model(config: Config) -> Iterator[Problem]:
             f"model.hf_path: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the tokenizer's "
             "files there.",
         )
+    if reads_text:
+        for sentence in damaged_tokenizer(folder):
+            yield Problem(key, f"model.hf_path: {sentence}")
+
+
+def damaged_tokenizer(folder: Path) -> Iterator[str]:
+    """One sentence for each of the tokenizer's files in `folder` that is no JSON although it is called so."""
+    for file in (folder / name for name in TOKENIZER_FILES if name.endswith(".json")):
+        try:
+            if file.is_file():
+                json.loads(file.read_bytes())
+        except (OSError, ValueError) as error:
+            yield f"{file} is not readable as JSON ({error}): copy the tokenizer's files there anew."
 
 
 def _layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
@@ -83,7 +99,7 @@ def _layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
 
 
 def _data(config: Config) -> Iterator[Problem]:
-    files: list[tuple[str, str, bool]] = []
+    files: list[tuple[str, str, bool]] = []  # key, file, and whether its rows need a response
     if config.needs_rollouts:
         files.append(("data.train", config.data.train, False))
         if config.data.held_out is not None:
@@ -96,7 +112,9 @@ def _data(config: Config) -> Iterator[Problem]:
             files.append(("data.train", config.data.train, True))
     for key, path, with_response in files:
         try:
-            count_rows(path, with_response=with_response)
+            scored = config.needs_rollouts and key != "warm_start.data"
+            with_number = scored and isinstance(config.reward, ExactNumberReward)
+            count_rows(path, with_response=with_response, with_number=with_number)
         except InputError as error:
             yield Problem((key,), f"{key}: {error}")
 
@@ -105,12 +123,24 @@ def _replay(config: Config) -> Iterator[Problem]:
     if config.trainer.replay is None:
         return
     folder = Path(config.trainer.replay)
-    if not folder.is_dir() or not any(folder.iterdir()):
-        state = "is empty" if folder.is_dir() else "is not there"
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    kept = {int(match[1]) for name in names if (match := BATCH_FILE.fullmatch(name))}
+    if not kept:
+        state = "has no batches (step-*.npz)" if folder.is_dir() else "is not there"
         yield Problem(
             ("trainer.replay",),
             f"trainer.replay: {folder} {state}: give the batches/ folder of a run with "
             "trainer.dump_batches=true.",
+        )
+        return
+    # A run that began with a later checkpoint has kept only the steps after it, and can be replayed from there.
+    missing = next((step for step in range(min(kept), config.trainer.steps + 1) if step not in kept), None)
+    if missing is not None or min(kept) > config.trainer.steps:
+        keys = ("trainer.replay", "trainer.steps")
+        yield Problem(
+            keys,
+            f"trainer.replay: {folder} has no batch for step {missing or config.trainer.steps}, but trainer.steps is "
+            f"{config.trainer.steps}: lower it, or give the batches/ of a longer run.",
         )
 
 
@@ -123,12 +153,8 @@ def _modules(config: Config) -> Iterator[Problem]:
             "install it, or leave the key out.",
         )
     reward = config.reward
-    if isinstance(reward, FunctionReward) and not _exists(reward.path.split(":")[0].split(".")[0]):
-        yield Problem(
-            ("reward.path",),
-            f"reward.path is {shown(reward.path)}, but there is no such module: put its folder on "
-            "PYTHONPATH.",
-        )
+    if isinstance(reward, FunctionReward) and (why := why_not_found(reward.path)):
+        yield Problem(("reward.path",), f"reward.path is {shown(reward.path)}, but {why}.")
 
 
 def _exists(module: str) -> bool:

@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_a3po.config.data_file import PROMPT_KEYS, rows
+from megatron_a3po.config.data_file import PROMPT_KEYS, final_answer, rows
 from megatron_a3po.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-ANSWER_MARK = "####"
 NAMED_AT_MOST = 10
 
 
@@ -49,11 +48,10 @@ def read_examples(path: str | Path, *, with_response: bool = False) -> list[Exam
     examples = []
     for number, row in rows(path, with_response=with_response):
         prompt = next(row[key] for key in PROMPT_KEYS if key in row)
-        answer = str(row["answer"]).split(ANSWER_MARK)[-1].strip()
         examples.append(
             Example(
                 prompt if isinstance(prompt, str) else tuple(prompt),
-                answer,
+                final_answer(row),
                 row.get("response"),
                 f"{path}:{number}",
             )

@@ -1,11 +1,13 @@
 """What is accepted, at the edges of what is refused. The refusals themselves are in tests/test_main.py."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from megatron_a3po.config.checks import data_parallel_size
 from megatron_a3po.errors import ConfigError
+from megatron_a3po.trainer.batch import batch_path
 from tests.run_files import ROWS, write_rows
 
 
@@ -34,9 +36,10 @@ from tests.run_files import ROWS, write_rows
         ["actor.lr_warmup_iters=9"],
         ["warm_start.steps=11"],
         ["trainer.evaluate_every=5", "data.held_out=HERE/held_out.jsonl"],
-        ["trainer.replay=HERE/model", "reward=null", "data.train=not_read.jsonl"],
         ["reward={type: math}"],
         ["reward={type: function, path: 'json:loads'}"],
+        ["reward={type: function, path: 'math:sqrt'}"],
+        ["reward={type: function, path: 'os.path:join'}"],
     ],
     ids=" ".join,
 )
@@ -73,3 +76,92 @@ def test_all_kinds_of_prompts(load, run_file: Path):
     ]
     write_rows(run_file.parent / "train.jsonl", [*rows, *ROWS])
     load()
+
+
+def test_other_rewards_take_answers_without_a_number(load, run_file: Path):
+    write_rows(run_file.parent / "train.jsonl", [{"prompt": "a", "answer": "b"}])
+    load("reward.type=math")
+    with pytest.raises(ConfigError, match=r"train\.jsonl:1 has the answer"):
+        load()
+
+
+def keep_batches(folder: Path, steps: Iterable[int]) -> None:
+    folder.mkdir()
+    for step in steps:
+        batch_path(folder, step).touch()
+    (folder / "step-000099.tmp").touch()
+
+
+@pytest.mark.parametrize("steps", [range(1, 11), range(1, 13), range(7, 11)], ids=str)
+def test_batches_for_every_step(load, tmp_path: Path, steps: range):
+    keep_batches(tmp_path / "batches", steps)
+    load(f"trainer.replay={tmp_path}/batches", "reward=null", "data.train=not_read.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("steps", "found"),
+    [
+        (range(1, 10), "has no batch for step 10, but trainer.steps is 10"),
+        ((1, 2, 4, 10), "has no batch for step 3, but trainer.steps is 10"),
+        ((11, 12), "has no batch for step 10, but trainer.steps is 10"),
+        ((), "has no batches"),
+    ],
+    ids=str,
+)
+def test_too_few_batches(load, tmp_path: Path, steps: Iterable[int], found: str):
+    keep_batches(tmp_path / "batches", steps)
+    with pytest.raises(ConfigError, match=rf"^trainer\.replay: .*{found}"):
+        load(f"trainer.replay={tmp_path}/batches")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
+@pytest.mark.parametrize("text", [b'{"a": ', b"", b"version https://git-lfs", b"\xff\xfe"], ids=repr)
+def test_a_damaged_tokenizer(load, run_file: Path, name: str, text: bytes):
+    (run_file.parent / "model" / name).write_bytes(text)
+    with pytest.raises(ConfigError, match=rf"^model\.hf_path: .*{name} is not readable as JSON") as caught:
+        load()
+    assert len(caught.value.problems) == 1
+
+
+MODULE = """
+from json import loads as renamed
+import os.path
+if os.path:
+    def chosen(prompt, response, answer): return 1.0
+else:
+    chosen = None
+first, (second, *rest) = map, (len, max)
+def outer():
+    def inner(): ...
+class Callable_:
+    def method(self): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "there", "absent"),
+    [
+        (
+            MODULE,
+            ["renamed", "os", "chosen", "first", "second", "outer", "Callable_"],
+            ["inner", "method", "json", "map"],
+        ),
+        ("def __getattr__(name): ...", ["anything"], []),
+        ("from json import *", ["anything"], []),
+        ("globals()['made'] = len", ["made"], []),
+        ("def make():\n    global made\n    made = len\nmake()", ["made"], []),
+        ("def broken(: # its own traceback says more", ["broken", "anything"], []),
+        ("", [], ["anything"]),
+    ],
+)
+def test_names_of_a_reward_module(
+    load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, there: list[str], absent: list[str]
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_rewards").mkdir()
+    (tmp_path / "own_rewards" / "module.py").write_text(text)
+    for name in there:
+        load("reward.type=function", f"reward.path=own_rewards.module:{name}")
+    for name in absent:
+        with pytest.raises(ConfigError, match=rf"^reward\.path is .*module\.py has no {name}"):
+            load("reward.type=function", f"reward.path=own_rewards.module:{name}")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from megatron_a3po.config import Config, load_config, read_model_shape
 from megatron_a3po.config.data_file import count_rows
-from megatron_a3po.config.file_checks import TOKENIZER_FILES
+from megatron_a3po.config.file_checks import TOKENIZER_FILES, damaged_tokenizer
+from megatron_a3po.config.reward import ExactNumberReward
 from megatron_a3po.errors import EXIT_DONE, InputError
 
 EXPORT = "export"
@@ -64,14 +65,15 @@ def _bad_files(config: Config, checkpoint: Path) -> Iterator[str]:
     else:
         if not any(checkpoint.glob("*.safetensors")):
             yield f"{checkpoint} has no *.safetensors: give the folder of a Hugging Face checkpoint."
-        tokenizers = (
-            folder / name for folder in (checkpoint, Path(config.model.hf_path)) for name in TOKENIZER_FILES
-        )
-        if not any(file.is_file() for file in tokenizers):
+        folders = (checkpoint, Path(config.model.hf_path))
+        having = (folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES))
+        if (folder := next(having, None)) is not None:
+            yield from damaged_tokenizer(folder)
+        else:
             base = f"model.hf_path={config.model.hf_path}"
             yield f"{checkpoint} has no tokenizer, and {base} has none either: copy the tokenizer's files there."
     if config.data.held_out is not None:
         try:
-            count_rows(config.data.held_out)
+            count_rows(config.data.held_out, with_number=isinstance(config.reward, ExactNumberReward))
         except InputError as error:
             yield f"data.held_out: {error}"
