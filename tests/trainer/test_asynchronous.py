@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_a3po.algorithm.metric_table import TABLE
 from megatron_a3po.trainer.batch import batch_path, load_batch
 from megatron_a3po.trainer.recording import read_metrics
 from tests.run_files import write_rows
@@ -94,6 +95,18 @@ def test_generation_goes_on_while_the_trainer_computes(overlapped) -> None:
     assert [row["version"] for row in overlapped] == list(range(STEPS))
     later = [row["rollout/sampled_while_training"] > 0 for row in overlapped if row["step"] > 5]
     assert np.mean(later) >= 0.8
+
+
+def test_every_number_of_a_row_is_in_the_table(overlapped) -> None:
+    names = {name for row in overlapped for name in row} - {"step", "version", "attempt"}
+    parts = {name for name in names if name.startswith("time/")} - {"time/step"}
+    assert parts
+    assert (names - parts) | {"time/<part>"} == {
+        metric.name
+        for metric in TABLE
+        # What only the methods `linear` and `metrics` measure: tests/algorithm/test_statistics.py
+        if metric.quantity is None or metric.name in names
+    }
 
 
 def test_waiting_keeps_the_bound(overlapped, task: Task) -> None:
