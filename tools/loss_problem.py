@@ -93,7 +93,8 @@ def reference_answer(problem: Problem) -> dict[str, Tensor]:
         tensor.detach().double().requires_grad_() for tensor in (problem.hidden, problem.weight)
     )
     fields = problem.fields
-    doubled = {k: v.double() for k, v in vars(fields).items() if v is not None and v.is_floating_point()}
+    vectors = {k: v for k, v in vars(fields).items() if isinstance(v, Tensor)}
+    doubled = {k: v.double() for k, v in vectors.items() if v.is_floating_point()}
     fields = replace(fields, **doubled)
     trained = torch.arange(len(hidden), device=hidden.device)
     loss, logp, entropy = reference_loss(hidden, weight, trained, fields, OBJECTIVE, 1.0)
