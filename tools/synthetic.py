@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_a3po.algorithm.staleness import NOT_GENERATED
 from megatron_a3po.config import ModelShape
+from megatron_a3po.config.model_shape import Rope
 from megatron_a3po.rollout.trajectory import Group, Trajectory
 from megatron_a3po.trainer.batch import Batch
 
@@ -49,7 +50,7 @@ def qwen2_shape(
         head_dim=hidden_size // num_attention_heads,
         vocab_size=vocab_size,
         max_position_embeddings=max_position_embeddings,
-        rope_theta=10000.0,
+        rope=Rope(),
         norm_eps=1e-6,
         initializer_range=0.02,
         tie_word_embeddings=tie_word_embeddings,

@@ -22,11 +22,11 @@ from megatron_a3po.config import ModelShape
 from megatron_a3po.config.actor import ActorSection
 from megatron_a3po.config.model import ModelSection
 from megatron_a3po.vocab_parallel import LossOutput, Objective, choose_chunk_tokens
-from megatron_a3po.weights.families import FAMILIES
+from megatron_a3po.weights.families import table_of
 from megatron_a3po.weights.hugging_face import write_hugging_face
 from megatron_a3po.weights.operations import Layout
 from megatron_a3po.weights.shards import full_tensors, load_shards
-from megatron_a3po.weights.sources import RandomSource, SafetensorsSource, tensor_shapes
+from megatron_a3po.weights.sources import RandomSource, SafetensorsSource
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Actor:
     ) -> None:
         self.config, self.shape, self.grid, self.hf_path = actor, shape, grid, Path(model.hf_path)
         self.model = build_model(actor, shape, grid)
-        self.family = FAMILIES[shape.model_type]
+        self.table = table_of(shape)
         self.layout = Layout(shape, actor.padded_vocab_size(shape.vocab_size), grid.tp.rank, grid.tp.size)
         vocab_shard = self.layout.padded_vocab_size // grid.tp.size
         chunk_tokens = actor.loss_chunk_tokens or choose_chunk_tokens(
@@ -125,7 +125,7 @@ class Actor:
         self._gather_parameters()
         parameters = ((name, tensor) for name, tensor, own in self._parameters() if own)
         write_hugging_face(
-            full_tensors(parameters, self.family, self.layout, self.grid.tp.group),
+            full_tensors(parameters, self.table, self.layout, self.grid.tp.group),
             directory,
             template=self.hf_path,
             stage=self.grid.pp.rank,
@@ -139,10 +139,10 @@ class Actor:
         source = (
             SafetensorsSource(self.hf_path)
             if model.initialization == "pretrained"
-            else RandomSource(tensor_shapes(self.shape), self.shape, seed)
+            else RandomSource(self.table, seed)
         )
         load_shards(
-            ((name, tensor) for name, tensor, _ in self._parameters()), source, self.family, self.layout
+            ((name, tensor) for name, tensor, _ in self._parameters()), source, self.table, self.layout
         )
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, bool]]:

@@ -57,7 +57,7 @@ class TargetPolicy(LanguageModule):
         self.rotary_pos_emb = RotaryEmbedding(
             shape.head_dim,
             rotary_percent=1.0,
-            rotary_base=shape.rope_theta,  # pyright: ignore[reportArgumentType]
+            rotary_base=shape.rope.theta,  # pyright: ignore[reportArgumentType]
             use_cpu_initialization=True,
         )
         spec = block_spec(config, vp_stage=vp_stage, pp_rank=pp_rank, transformer_engine=transformer_engine)

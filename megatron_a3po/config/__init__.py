@@ -6,6 +6,7 @@ cannot be.
 
 from megatron_a3po.config.config import Config
 from megatron_a3po.config.load import load_config, to_yaml
-from megatron_a3po.config.model_shape import ModelShape, read_model_shape
+from megatron_a3po.config.model_families import read_model_shape
+from megatron_a3po.config.model_shape import ModelShape
 
 __all__ = ["Config", "ModelShape", "load_config", "read_model_shape", "to_yaml"]

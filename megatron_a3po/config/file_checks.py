@@ -11,7 +11,8 @@ from pathlib import Path
 
 from megatron_a3po.config.config import Config
 from megatron_a3po.config.data_file import count_rows
-from megatron_a3po.config.model_shape import ModelShape, read_model_shape
+from megatron_a3po.config.model_families import read_model_shape
+from megatron_a3po.config.model_shape import ModelShape
 from megatron_a3po.config.problem import Problem, shown
 from megatron_a3po.config.reward import ExactNumberReward, FunctionReward
 from megatron_a3po.config.reward_module import why_not_found

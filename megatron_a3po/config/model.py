@@ -1,5 +1,5 @@
 """The `model` section: where the starting weights and the tokenizer are. Their shape is read in
-`model_shape.py`."""
+`model_families.py`."""
 
 from typing import Literal
 

@@ -1,6 +1,6 @@
 """This rank's shards from full tensors, and full tensors from every rank's shards.
 
-Parameters come as (Megatron-Core name with global layer numbers, tensor); the family's table says the rest. Strict both
+Parameters come as (Megatron-Core name with global layer numbers, tensor); the table says the rest. Strict both
 ways: a name the table does not know, or a tensor the source does not hold, is an error.
 """
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_a3po.errors import InputError
-from megatron_a3po.weights.families import Family
+from megatron_a3po.weights.families import Table
 from megatron_a3po.weights.operations import Layout, SliceReader
 
 NamedTensors = Iterable[tuple[str, Tensor]]
@@ -19,14 +19,15 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 
 @torch.no_grad()
 def load_shards(
-    parameters: NamedTensors, source: Mapping[str, SliceReader], family: Family, layout: Layout
+    parameters: NamedTensors, source: Mapping[str, SliceReader], table: Table, layout: Layout
 ) -> None:
     """Fill this rank's parameters in place. Errors: InputError names a tensor that is missing or misshapen."""
     for name, parameter in parameters:
-        rule, hf_names = family.rule(name)
+        made_of = table.parameter(name)
+        hf_names = tuple(made_of.tensors)
         if missing := [hf_name for hf_name in hf_names if hf_name not in source]:
             raise InputError(f"the checkpoint lacks the tensor {missing[0]}, which config.json asks for")
-        shard = rule.operation.shard([source[hf_name] for hf_name in hf_names], layout)
+        shard = made_of.operation.shard([source[hf_name] for hf_name in hf_names], layout)
         if shard.shape != parameter.shape:
             raise InputError(
                 f"{', '.join(hf_names)} make a shard of shape {tuple(shard.shape)}, but config.json asks for "
@@ -37,14 +38,14 @@ def load_shards(
 
 @torch.no_grad()
 def full_tensors(
-    parameters: NamedTensors, family: Family, layout: Layout, tp_group: dist.ProcessGroup
+    parameters: NamedTensors, table: Table, layout: Layout, tp_group: dist.ProcessGroup
 ) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, full tensor) of this pipeline stage. Collective over the tensor axis."""
     for name, parameter in parameters:
-        rule, hf_names = family.rule(name)
+        made_of = table.parameter(name)
         own = parameter.detach().contiguous()
         shards = [own]
         if layout.tp_size > 1:
             shards = [torch.empty_like(own) for _ in range(layout.tp_size)]
             dist.all_gather(shards, own, group=tp_group)
-        yield from zip(hf_names, rule.operation.merge(shards, layout.shape), strict=True)
+        yield from zip(made_of.tensors, made_of.operation.merge(shards, layout.shape), strict=True)

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_a3po.config import ModelShape
 from megatron_a3po.errors import InputError
+from megatron_a3po.weights.families import Table
 from megatron_a3po.weights.operations import SliceReader
 
 
@@ -61,17 +61,19 @@ def safetensors_files(directory: Path) -> list[Path]:
 
 
 class RandomSource(Mapping[str, SliceReader]):
-    """Random weights of a shape, every full tensor from (seed, its name): the same start in every layout."""
+    """Random weights of a model, every full tensor from (seed, its name): the same start in every layout."""
 
-    def __init__(self, names: Mapping[str, tuple[int, ...]], shape: ModelShape, seed: int) -> None:
-        self._shapes, self._std, self._seed = names, shape.initializer_range, seed
+    def __init__(self, table: Table, seed: int) -> None:
+        self._shapes, self._seed = table.tensors, seed
+        self._std = table.shape.initializer_range
+        self._norm = torch.zeros if table.shape.zero_centered_norms else torch.ones
 
     def __getitem__(self, name: str) -> Tensor:
         size = self._shapes[name]
         if name.endswith(".bias"):
             return torch.zeros(size)
         if "norm" in name:
-            return torch.ones(size)
+            return self._norm(size)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}/{name}".encode()))
         return torch.randn(size, generator=generator) * self._std
 
@@ -80,28 +82,3 @@ class RandomSource(Mapping[str, SliceReader]):
 
     def __len__(self) -> int:
         return len(self._shapes)
-
-
-def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Hugging Face tensor names and sizes of a dense decoder of this shape."""
-    hidden, ffn, vocab = shape.hidden_size, shape.ffn_hidden_size, shape.vocab_size
-    query = shape.num_attention_heads * shape.head_dim
-    key_value = shape.num_query_groups * shape.head_dim
-    sizes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocab, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not shape.tie_word_embeddings:
-        sizes["lm_head.weight"] = (vocab, hidden)
-    for layer in range(shape.num_layers):
-        prefix = f"model.layers.{layer}."
-        for part, width in (("q", query), ("k", key_value), ("v", key_value)):
-            sizes[f"{prefix}self_attn.{part}_proj.weight"] = (width, hidden)
-            if shape.add_qkv_bias:
-                sizes[f"{prefix}self_attn.{part}_proj.bias"] = (width,)
-        sizes[f"{prefix}self_attn.o_proj.weight"] = (hidden, query)
-        sizes[f"{prefix}mlp.gate_proj.weight"] = sizes[f"{prefix}mlp.up_proj.weight"] = (ffn, hidden)
-        sizes[f"{prefix}mlp.down_proj.weight"] = (hidden, ffn)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            sizes[f"{prefix}{norm}.weight"] = (hidden,)
-    return sizes

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_a3po.config import ModelShape, read_model_shape
+from megatron_a3po.config.model_shape import Rope
 from megatron_a3po.errors import InputError
 from tests.run_files import write_model
 
@@ -21,7 +22,7 @@ def test_all_fields(tmp_path: Path):
         head_dim=16,
         vocab_size=30,
         max_position_embeddings=256,
-        rope_theta=10000.0,
+        rope=Rope(),
         norm_eps=1e-6,
         tie_word_embeddings=True,
         add_qkv_bias=True,
@@ -33,8 +34,8 @@ def test_all_fields(tmp_path: Path):
 def test_rope_of_before_and_after_transformers_5(tmp_path: Path):
     newer = {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
     older = {"rope_parameters": None, "rope_theta": 1e6}
-    assert read_model_shape(write_model(tmp_path, **newer)).rope_theta == 1e6
-    assert read_model_shape(write_model(tmp_path, **older)).rope_theta == 1e6
+    assert read_model_shape(write_model(tmp_path, **newer)).rope.theta == 1e6
+    assert read_model_shape(write_model(tmp_path, **older)).rope.theta == 1e6
 
 
 def test_head_dim_and_groups_that_are_not_written(tmp_path: Path):
@@ -58,7 +59,7 @@ def test_as_transformers_writes_it(tmp_path: Path):
     config.save_pretrained(tmp_path)
     shape = read_model_shape(tmp_path)
     assert (shape.vocab_size, shape.head_dim, shape.num_layers) == (99, 16, config.num_hidden_layers)
-    assert shape.rope_theta == config.rope_parameters["rope_theta"]
+    assert shape.rope.theta == config.rope_parameters["rope_theta"]
     assert shape.norm_eps == config.rms_norm_eps
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_a3po.config import ModelShape
+from megatron_a3po.config.model_shape import Rope
 from megatron_a3po.weights.operations import Layout, Operation, copy, gate_up, qkv, row, vocabulary
 
 HIDDEN = 6
@@ -24,7 +25,7 @@ def shape_of(*, groups: int = 4, heads_per_group: int = 1, vocab_size: int = 8, 
         head_dim=2,
         vocab_size=vocab_size,
         max_position_embeddings=16,
-        rope_theta=1e4,
+        rope=Rope(),
         norm_eps=1e-6,
         tie_word_embeddings=False,
         add_qkv_bias=True,

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from megatron_a3po.config import read_model_shape
 from megatron_a3po.errors import InputError
-from megatron_a3po.weights.families import FAMILIES
+from megatron_a3po.weights.families import table_of
 from megatron_a3po.weights.operations import Layout
 from megatron_a3po.weights.publishing import forget_old_versions, version_directory
 from megatron_a3po.weights.shards import load_shards
-from megatron_a3po.weights.sources import RandomSource, SafetensorsSource, safetensors_files, tensor_shapes
+from megatron_a3po.weights.sources import RandomSource, SafetensorsSource, safetensors_files
 
 NORM = ("decoder.final_layernorm.weight", "model.norm.weight")
 
@@ -23,26 +23,25 @@ def test_the_table_of_sizes_is_transformers(model: Path, tied_model: Path):
         found = {
             name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()
         }
-        assert tensor_shapes(read_model_shape(str(folder))) == found
+        assert table_of(read_model_shape(folder)).tensors == found
 
 
 def test_a_tensor_is_read_by_slices(model: Path):
     source = SafetensorsSource(model)
     name = "model.embed_tokens.weight"
     assert torch.equal(source[name][3:7], load_file(model / "model.safetensors")[name][3:7])
-    assert len(source) == len(set(source)) == len(tensor_shapes(read_model_shape(str(model))))
+    assert len(source) == len(set(source)) == len(table_of(read_model_shape(model)).tensors)
 
 
 def test_random_weights_are_a_function_of_seed_and_name(model: Path):
-    shape = read_model_shape(str(model))
-    sizes = tensor_shapes(shape)
-    one, same, other = (RandomSource(sizes, shape, seed) for seed in (1, 1, 2))
+    table = table_of(read_model_shape(model))
+    one, same, other = (RandomSource(table, seed) for seed in (1, 1, 2))
     name = "model.layers.0.self_attn.o_proj.weight"
     assert torch.equal(one[name], same[name])
     assert not torch.equal(one[name], other[name])
     assert not torch.equal(one[name], one[name.replace("0", "1")])
     assert (one["model.norm.weight"] == 1).all()
-    assert set(one) == set(sizes)
+    assert set(one) == set(table.tensors)
 
 
 def test_a_folder_without_weights_is_named_with_the_ways_on(tmp_path: Path):
@@ -80,7 +79,7 @@ def test_a_tensor_the_model_needs_must_fit(model: Path, held: dict[str, torch.Te
     shape = read_model_shape(str(model))
     layout = Layout(shape, shape.vocab_size, 0, 1)
     with pytest.raises(InputError, match=says):
-        load_shards([(NORM[0], torch.zeros(shape.hidden_size))], held, FAMILIES["qwen2"], layout)
+        load_shards([(NORM[0], torch.zeros(shape.hidden_size))], held, table_of(shape), layout)
 
 
 def test_the_newest_versions_are_kept(tmp_path: Path):

@@ -1,8 +1,16 @@
-"""One table per model family: Megatron-Core name -> Hugging Face names and the operation between them."""
+"""One table per model family: Megatron-Core name -> Hugging Face tensors and the operation between them."""
 
-from megatron_a3po.weights.families import qwen2
-from megatron_a3po.weights.families.base import Family, Rule
+from megatron_a3po.config import ModelShape
+from megatron_a3po.weights.families import llama
+from megatron_a3po.weights.families.base import Family, Parameter, Rule, Table
 
-FAMILIES: dict[str, Family] = {"qwen2": qwen2.FAMILY}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3)
+}
 
-__all__ = ["FAMILIES", "Family", "Rule"]
+__all__ = ["FAMILIES", "Family", "Parameter", "Rule", "Table", "table_of"]
+
+
+def table_of(shape: ModelShape) -> Table:
+    """Every parameter of a model of this shape."""
+    return Table(FAMILIES[shape.model_type], shape)

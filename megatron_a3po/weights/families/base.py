@@ -1,32 +1,141 @@
-"""What a family is: a list of rules. A new family is a table, not code."""
+"""What a family is: a table of rules. A new family is a table, not code.
 
-import re
+A rule ties one parameter of Megatron-Core to the Hugging Face tensors it is made of, with their sizes by name, so that
+the table alone, for a shape, lists every tensor there must be: what random weights are drawn for, what is refused as
+unknown, and what a checkpoint is converted by without building a model.
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
+from megatron_a3po.config import ModelShape
 from megatron_a3po.weights.operations import Operation
+
+LAYER = "decoder.layers.{i}."
+HF_LAYER = "model.layers.{i}."
+EXPERT = LAYER + "mlp.experts.local_experts.{e}."
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A Megatron-Core parameter and the Hugging Face tensors it is made of; `{i}` is the layer over all stages."""
+    """A Megatron-Core parameter and what it is made of.
+
+    megatron: its name, `{i}` being the layer over all pipeline stages, `{e}` the expert over all expert ranks.
+    hugging_face: tensor names and their sizes, in the order the operation takes them: {"lm_head.weight": "vocab hidden"}.
+    fused: its name under Transformer Engine where that differs, which is also the name distributed checkpoints use.
+    present: what it needs to be there.
+    """
 
     megatron: str
-    hugging_face: tuple[str, ...]
     operation: Operation
+    hugging_face: Mapping[str, str]
+    fused: str | None = None
+    present: Literal["always", "untied", "dense layers", "sparse layers"] = "always"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A rule filled in for one layer and expert."""
+
+    name: str
+    fused_name: str
+    layer: int | None
+    expert: int | None
+    operation: Operation
+    tensors: Mapping[str, tuple[int, ...]]  # Hugging Face name -> shape
 
 
 @dataclass(frozen=True)
 class Family:
-    """The rules of one Hugging Face `model_type`. Both namings of norms (plain and fused) have a rule of their own."""
+    """The rules of one Hugging Face `model_type`."""
 
     model_type: str
     rules: tuple[Rule, ...]
 
-    def rule(self, name: str) -> tuple[Rule, tuple[str, ...]]:
-        """The rule of a Megatron-Core name with global layer numbers, and its Hugging Face names filled in."""
-        for rule in self.rules:
-            pattern = re.escape(rule.megatron).replace(r"\{i\}", r"(\d+)")
-            if match := re.fullmatch(pattern, name):
-                layer = match.group(1) if match.groups() else ""
-                return rule, tuple(hf.replace("{i}", layer) for hf in rule.hugging_face)
-        raise KeyError(f"the {self.model_type} table has no rule for the parameter {name}")
+
+class Table:
+    """A family's rules for one shape: every parameter of the model, found by either of its names."""
+
+    def __init__(self, family: Family, shape: ModelShape) -> None:
+        self.family, self.shape = family, shape
+        self.parameters = tuple(_parameters(family, shape))
+
+    @cached_property
+    def _by_name(self) -> dict[str, Parameter]:
+        return {name: one for one in self.parameters for name in (one.name, one.fused_name)}
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every Hugging Face tensor of the model and its shape."""
+        return {name: size for one in self.parameters for name, size in one.tensors.items()}
+
+    def parameter(self, name: str) -> Parameter:
+        """The parameter of this Megatron-Core name, layers and experts numbered over all ranks."""
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise KeyError(
+                f"the {self.family.model_type} table has no rule for the parameter {name}"
+            ) from None
+
+
+def sizes(shape: ModelShape) -> dict[str, int]:
+    """What the words of a table mean."""
+    found = {
+        "hidden": shape.hidden_size,
+        "vocab": shape.vocab_size,
+        "ffn": shape.ffn_hidden_size,
+        "query": shape.num_attention_heads * shape.head_dim,
+        "key_value": shape.num_query_groups * shape.head_dim,
+        "head": shape.head_dim,
+    }
+    if (experts := shape.experts) is not None:
+        found |= {
+            "experts": experts.num_experts,
+            "expert_ffn": experts.ffn_hidden_size,
+            "shared_ffn": experts.shared_ffn_hidden_size or 0,
+        }
+    if (latent := shape.latent_attention) is not None:
+        heads = shape.num_attention_heads
+        found |= {
+            "query_rank": latent.query_rank or 0,
+            "key_value_rank": latent.key_value_rank,
+            "key_value_down": latent.key_value_rank + latent.rotary_head_dim,
+            "key_value_up": heads * (latent.plain_head_dim + latent.value_head_dim),
+            "value": heads * latent.value_head_dim,
+        }
+    return found
+
+
+def _parameters(family: Family, shape: ModelShape) -> Iterator[Parameter]:
+    known = sizes(shape)
+    for rule in family.rules:
+        if rule.present == "untied" and shape.tie_word_embeddings:
+            continue
+        has_experts = "{e}" in rule.megatron
+        for layer in range(shape.num_layers) if "{i}" in rule.megatron else [None]:
+            if rule.present == "dense layers" and layer is not None and shape.is_sparse(layer):
+                continue
+            if rule.present == "sparse layers" and layer is not None and not shape.is_sparse(layer):
+                continue
+            for expert in range(known["experts"]) if has_experts else [None]:
+                yield _filled_in(rule, layer, expert, known)
+
+
+def _filled_in(rule: Rule, layer: int | None, expert: int | None, known: dict[str, int]) -> Parameter:
+    def named(pattern: str) -> str:
+        return pattern.replace("{i}", str(layer)).replace("{e}", str(expert))
+
+    return Parameter(
+        name=named(rule.megatron),
+        fused_name=named(rule.fused or rule.megatron),
+        layer=layer,
+        expert=expert,
+        operation=rule.operation,
+        tensors={
+            named(name): tuple(known[word] for word in dims.split())
+            for name, dims in rule.hugging_face.items()
+        },
+    )
