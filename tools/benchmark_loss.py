@@ -176,6 +176,7 @@ def _run_case(
         dist.barrier()
         if (one := measured.get(name)) is not None:
             one.problem.weight.main_grad = None
+            one.problem.workspace.release()
             one.peak = peak_bytes(one.work, device)
             _forget_gradients(one)
     parallel_state.destroy_model_parallel()

@@ -5,7 +5,7 @@ compute the same gradients where they compute the same loss; `linear_cross_entro
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_a3po.vocab_parallel import TokenFields, TrainedRows, vocab_parallel_logp, vocab_parallel_loss
+from megatron_a3po.vocab_parallel import (
+    TokenFields,
+    TrainedRows,
+    Workspace,
+    vocab_parallel_logp,
+    vocab_parallel_loss,
+)
 from megatron_a3po.vocab_parallel.policy_objective import PolicyObjective, interpolated
 from megatron_a3po.vocab_parallel.products import add_weight_gradient_, multiply_weight, project_
 
@@ -32,6 +38,7 @@ class HeadProblem:
     vocab_size: int
     chunk_tokens: int
     group: dist.ProcessGroup | None
+    workspace: Workspace = field(default_factory=Workspace)
 
     @property
     def all_fields(self) -> TokenFields:
@@ -52,6 +59,7 @@ class HeadProblem:
             "tp_group": self.group,
             "sequence_parallel": False,
             "chunk_tokens": self.chunk_tokens,
+            "workspace": self.workspace,
         }
 
 

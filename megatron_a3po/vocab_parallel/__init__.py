@@ -11,6 +11,7 @@ Read in this order:
     two_sweeps         the same for objectives that look across tokens
     trained_rows       which rows are projected, and how they travel under sequence parallelism
     sweep              chunks of rows through one workspace of logits
+    workspace          that buffer, kept from call to call
     shard_softmax      four numbers per token and shard, merged by one collective
     logits_gradient    the gradient as a factor per row and a rank-one correction
     gradients          where the hidden states' and the weight's come together
@@ -27,6 +28,7 @@ from megatron_a3po.vocab_parallel.chunking import choose_chunk_tokens
 from megatron_a3po.vocab_parallel.loss import LossOutput, vocab_parallel_logp, vocab_parallel_loss
 from megatron_a3po.vocab_parallel.token_fields import Objective, TokenFields
 from megatron_a3po.vocab_parallel.trained_rows import TrainedRows
+from megatron_a3po.vocab_parallel.workspace import Workspace
 
 __all__ = [
     "A3POLoss",
@@ -34,6 +36,7 @@ __all__ = [
     "Objective",
     "TokenFields",
     "TrainedRows",
+    "Workspace",
     "a3po_loss",
     "choose_chunk_tokens",
     "vocab_parallel_logp",

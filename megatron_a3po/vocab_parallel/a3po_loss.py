@@ -25,6 +25,7 @@ from megatron_a3po.vocab_parallel.policy_objective import ClippedObjective, Poli
 from megatron_a3po.vocab_parallel.sweep import Temperature
 from megatron_a3po.vocab_parallel.token_fields import TokenFields
 from megatron_a3po.vocab_parallel.trained_rows import TrainedRows
+from megatron_a3po.vocab_parallel.workspace import Workspace
 
 A3PO = PolicyObjective(interpolated("loglinear"), eps_low=0.2, eps_high=0.2)
 # Names of the splits, and the staleness each begins with.
@@ -58,11 +59,13 @@ def a3po_loss(
     entropy_coef: float = 0.0,
     sweeps: Literal[1, 2] = 1,
     chunk_tokens: int | None = None,
+    workspace: Workspace | None = None,
 ) -> A3POLoss:
     """`vocab_parallel_loss`, with the method as default objective, and its statistics.
 
     vocab_size    where the embedding is padded: its true size
     chunk_tokens  default: from the shapes, `choose_chunk_tokens`
+    workspace     the buffer of logits, kept from call to call: worth it on a CPU
 
     The statistics: importance_weight (r), behave_imp_weight (w), clipped, entropy and kl (k3, behaviour to target) over
     all trained tokens; the first three also as <name>/staleness_<0, 1, 2, 3-4, 5-8, more>.
@@ -80,6 +83,7 @@ def a3po_loss(
         chunk_tokens=chunk_tokens or choose_chunk_tokens(hidden.shape[1], len(weight), hidden.device),
         entropy_coef=entropy_coef,
         sweeps=sweeps,
+        workspace=workspace,
     )
     with torch.no_grad():
         token_loss = objective.token_loss(output.logp, fields)

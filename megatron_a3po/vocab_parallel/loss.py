@@ -19,6 +19,7 @@ from megatron_a3po.vocab_parallel.sweep import Sweep, Temperature
 from megatron_a3po.vocab_parallel.token_fields import Objective, TokenFields
 from megatron_a3po.vocab_parallel.trained_rows import TrainedRows
 from megatron_a3po.vocab_parallel.two_sweeps import TwoSweeps
+from megatron_a3po.vocab_parallel.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def vocab_parallel_loss(
     chunk_tokens: int,
     entropy_coef: float = 0.0,
     sweeps: Literal[1, 2] = 1,
+    workspace: Workspace | None = None,
 ) -> LossOutput:
     """sum objective - entropy_coef * sum loss_weights * entropy, differentiable in `hidden` and `weight`.
 
@@ -57,13 +59,15 @@ def vocab_parallel_loss(
     tp_group      ranks holding the shards, in order; None for one shard
     chunk_tokens  tokens projected at a time (`choose_chunk_tokens`)
     sweeps        1: the objective sees a chunk at a time, 6 T H V flops; 2: it sees all tokens at once, 8 T H V
+    workspace     the buffer of logits, where the caller keeps it for the next call
 
     Nothing is read from the device. One backward per forward; in one sweep with a main gradient the upstream gradient
     must be 1; never inside activation recompute (`limits`).
     """
     refuse_too_few_sweeps(objective, sweeps)
     refuse_recompute()
-    sweep = Sweep(vocab_size, temperature, tp_group, sequence_parallel, chunk_tokens, entropy_coef)
+    workspace = workspace or Workspace()
+    sweep = Sweep(vocab_size, temperature, tp_group, sequence_parallel, chunk_tokens, workspace, entropy_coef)
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     function = {1: OneSweep, 2: TwoSweeps}[sweeps]
     return LossOutput(*function.apply(hidden, weight, rows, fields, objective, sweep, differentiate))
@@ -81,9 +85,11 @@ def vocab_parallel_logp(
     tp_group: Group,
     sequence_parallel: bool,
     chunk_tokens: int,
+    workspace: Workspace | None = None,
 ) -> tuple[Float32[Tensor, "trained"], Float32[Tensor, "trained"]]:
     """Log-prob and entropy of the trained tokens, without gradient: the recompute pass, a reference policy."""
-    sweep = Sweep(vocab_size, temperature, tp_group, sequence_parallel, chunk_tokens)
+    workspace = workspace or Workspace()
+    sweep = Sweep(vocab_size, temperature, tp_group, sequence_parallel, chunk_tokens, workspace)
     logp, entropy = torch.zeros(2, rows.total, device=hidden.device)
     exchange = sweep.exchange(hidden, rows, differentiate=False)
     for tokens, softmax in sweep.softmaxes(exchange, weight, labels):

@@ -22,6 +22,7 @@ from megatron_a3po.vocab_parallel.shard_softmax import (
 )
 from megatron_a3po.vocab_parallel.token_fields import Tokens
 from megatron_a3po.vocab_parallel.trained_rows import RowExchange, Span, TrainedRows, row_exchange
+from megatron_a3po.vocab_parallel.workspace import Workspace
 
 Temperature = float | Float[Tensor, "trained"]
 
@@ -46,6 +47,7 @@ class Sweep:
     group: Group
     sequence_parallel: bool
     chunk_tokens: int
+    workspace: Workspace
     entropy_coef: float = 0.0
 
     def exchange(self, hidden: Tensor, rows: TrainedRows, *, differentiate: bool) -> RowExchange:
@@ -63,7 +65,7 @@ class Sweep:
         shard, dtype = self.shard(weight), arithmetic_dtype(weight)
         spans = exchange.spans(self.chunk_tokens)
         longest = max((span.size for span in spans), default=0)
-        workspace = weight.new_empty(longest, shard.size, dtype=dtype)
+        workspace = self.workspace.take(longest, shard.size, dtype, weight.device)
         for span, hidden in _loaded(exchange, spans):
             temperature = self._temperature(span.tokens)
             rows = hidden.to(dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_a3po.algorithm.metric_table import report
 from megatron_a3po.algorithm.statistics import policy_statistics
-from megatron_a3po.vocab_parallel import Objective, TokenFields, TrainedRows, vocab_parallel_loss
+from megatron_a3po.vocab_parallel import Objective, TokenFields, TrainedRows, Workspace, vocab_parallel_loss
 from megatron_a3po.vocab_parallel.policy_objective import (
     ClippedObjective,
     PolicyObjective,
@@ -157,6 +157,7 @@ def layer_answer(
     upstream: float = 1.0,
     dtype: torch.dtype = torch.float32,
     sweeps: Literal[1, 2] = 1,
+    workspace: Workspace | None = None,
 ) -> Answer:
     """The layer's, on this rank's part of the problem."""
     hidden, weight, rows = part_of(problem, group, sequence_parallel)
@@ -174,6 +175,7 @@ def layer_answer(
         chunk_tokens=chunk_tokens,
         entropy_coef=problem.entropy_coef,
         sweeps=sweeps,
+        workspace=workspace,
     )
     (upstream * output.loss).backward()
     assert output.first_nonfinite.item() == -1
