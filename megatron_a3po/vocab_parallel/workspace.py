@@ -1,7 +1,7 @@
 """The one buffer of logits, kept from call to call.
 
-On a CPU a buffer of this size comes from the operating system page by page, each cleared first, and goes back when freed:
-several percent of a call. A caller that keeps a `Workspace` pays that once. On a GPU torch's allocator keeps
+On a CPU a buffer of this size comes from the operating system page by page, each cleared first, and goes back when
+freed: several percent of a call. A caller that keeps a `Workspace` pays that once. On a GPU torch's allocator keeps
 freed memory anyway, and a buffer held through the rest of a step would only be missing there: nothing is kept.
 """
 
