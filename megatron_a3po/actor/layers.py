@@ -15,10 +15,14 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_a3po.config import ModelShape
 
 
 @dataclass
@@ -153,23 +157,44 @@ def has_transformer_engine() -> bool:
 
 
 def block_spec(
-    config: TransformerConfig, *, vp_stage: int | None, pp_rank: int, transformer_engine: bool
+    shape: ModelShape,
+    config: TransformerConfig,
+    *,
+    vp_stage: int | None,
+    pp_rank: int,
+    transformer_engine: bool,
 ) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage.
-
-    Source: get_gpt_layer_local_spec or get_gpt_layer_with_transformer_engine_spec, core attention (and norm) replaced.
-    """
+    """The layers of one (virtual) pipeline stage, each by its number over the whole model."""
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm as FinalNorm
-
-        layer = get_gpt_layer_with_transformer_engine_spec()
-        attention: type = TransformerEngineAttention
     else:
-        FinalNorm, attention = RMSNorm, PackedAttention
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    submodules: Any = layer.submodules
-    if not transformer_engine:
-        submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
-    submodules.self_attention.submodules.core_attention = attention
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=cast(Any, FinalNorm))
+        FinalNorm = RMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[
+            layer_spec(shape, layer, transformer_engine) for layer in range(first, first + num_layers)
+        ],
+        layer_norm=cast(Any, FinalNorm),
+    )
+
+
+def layer_spec(shape: ModelShape, layer: int, transformer_engine: bool) -> ModuleSpec:
+    """Layer number `layer` (from 0) of the model.
+
+    Source: get_gpt_layer_local_spec or get_gpt_layer_with_transformer_engine_spec, core attention (and norms) replaced.
+    """
+    if transformer_engine:
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+    parts: Any = spec.submodules
+    attention: Any = parts.self_attention.submodules
+    if transformer_engine:
+        attention.core_attention = TransformerEngineAttention
+        return spec
+    attention.core_attention = PackedAttention
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    if shape.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec

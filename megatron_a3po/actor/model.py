@@ -60,7 +60,9 @@ class TargetPolicy(LanguageModule):
             rotary_base=shape.rope.theta,  # pyright: ignore[reportArgumentType]
             use_cpu_initialization=True,
         )
-        spec = block_spec(config, vp_stage=vp_stage, pp_rank=pp_rank, transformer_engine=transformer_engine)
+        spec = block_spec(
+            shape, config, vp_stage=vp_stage, pp_rank=pp_rank, transformer_engine=transformer_engine
+        )
         self.decoder = TransformerBlock(
             config, spec, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
@@ -123,6 +125,7 @@ def transformer_config(actor: ActorSection, shape: ModelShape) -> TransformerCon
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.add_qkv_bias,
+        qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=actor.tensor_model_parallel_size,
