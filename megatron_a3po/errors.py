@@ -3,6 +3,7 @@
     A3POError                 exit code
     |-- ConfigError               2      a configuration that cannot be run; holds every problem at once
     |-- InputError                2      a data, model or checkpoint file that is missing or wrong
+    |-- OutputError               3      a file that cannot be written: the disk is full
     `-- RunError                  3      the run stopped and needs a person
         |-- TrainingError                  non-finite numbers, too many skipped steps, a dead rank
         |-- RolloutError                   the rollout process or an engine failed
@@ -48,6 +49,10 @@ class InputError(A3POError):
     """A file the configuration points at is missing, malformed or of a kind that is not supported."""
 
     exit_code = EXIT_BAD_INPUT
+
+
+class OutputError(A3POError):
+    """A file cannot be written. Nothing of it is left under its final name."""
 
 
 class RunError(A3POError):

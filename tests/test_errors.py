@@ -12,6 +12,7 @@ from megatron_a3po import errors
     [
         (errors.ConfigError, 2),
         (errors.InputError, 2),
+        (errors.OutputError, 3),
         (errors.TrainingError, 3),
         (errors.RolloutError, 3),
         (errors.RewardError, 3),

@@ -23,7 +23,7 @@ from megatron_a3po.config.actor import ActorSection
 from megatron_a3po.config.model import ModelSection
 from megatron_a3po.vocab_parallel import LossOutput, Objective, choose_chunk_tokens
 from megatron_a3po.weights.families import table_of
-from megatron_a3po.weights.hugging_face import write_hugging_face
+from megatron_a3po.weights.hugging_face import announce, write_hugging_face
 from megatron_a3po.weights.operations import Layout
 from megatron_a3po.weights.shards import full_tensors, load_shards
 from megatron_a3po.weights.sources import RandomSource, SafetensorsSource
@@ -123,16 +123,15 @@ class Actor:
     def write_hugging_face(self, directory: Path, *, with_tokenizer: bool = False) -> None:
         """Write the current weights as a Hugging Face directory. Collective over all ranks."""
         self._gather_parameters()
-        parameters = ((name, tensor) for name, tensor, own in self._parameters() if own)
+        parameters = [(name, tensor) for name, tensor, own in self._parameters() if own]
+        names = [(name, tensor.dtype) for name, tensor in parameters] if self.grid.holds_export else []
         write_hugging_face(
             full_tensors(parameters, self.table, self.layout, self.grid.tp.group),
+            announce(names, self.table),
             directory,
             template=self.hf_path,
-            stage=self.grid.pp.rank,
-            num_stages=self.grid.pp.size,
-            writes=self.grid.holds_export,
-            host_group=self.grid.host_group,
-            with_tokenizer=with_tokenizer,
+            peers=self.grid.host_group,
+            lasting=with_tokenizer,
         )
 
     def _load(self, model: ModelSection, seed: int) -> None:

@@ -13,7 +13,6 @@ There is no random state to keep: prompts, samples and shuffles are functions of
 
 import dataclasses
 import fcntl
-import hashlib
 import itertools
 import json
 import os
@@ -27,6 +26,7 @@ from typing import Any, Literal
 from megatron_a3po.config import Config, ModelShape, read_model_shape, to_yaml
 from megatron_a3po.config.difference import differing_keys
 from megatron_a3po.errors import ConfigError, InputError
+from megatron_a3po.weights.manifest import damage, write_manifest
 
 FORMAT = 1
 PREFIX = "step-"
@@ -143,28 +143,11 @@ def latest_checkpoint(run_dir: Path) -> tuple[Path | None, tuple[str, ...]]:
     """The newest complete checkpoint, and a note on every damaged one that was passed over."""
     notes: list[str] = []
     for directory in reversed(_checkpoints(run_dir)):
-        if problem := damage(directory):
+        if problem := damage(directory, FORMAT):
             notes.append(f"{directory} is damaged ({problem}); the one before it is used")
             continue
         return directory, tuple(notes)
     return None, tuple(notes)
-
-
-def damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint by its manifest; None if it is whole."""
-    try:
-        manifest = json.loads((directory / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        return f"manifest.json: {error}"
-    if manifest.get("format") != FORMAT:
-        return f"format {manifest.get('format')}, this program reads {FORMAT}"
-    for name, expected in manifest["files"].items():
-        path = directory / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"]:
-            return f"{name} is missing or cut short"
-        if _checksum(path) != expected["sha256"]:
-            return f"{name} has another checksum"
-    return None
 
 
 class Checkpoint:
@@ -191,15 +174,7 @@ class Checkpoint:
         (self.aside / "model.json").write_text(json.dumps(dataclasses.asdict(shape)))
         (self.aside / "trainer.json").write_text(json.dumps(trainer))
         (self.aside / "rollouts.pickle").write_bytes(pickle.dumps(rollouts))
-        files = [path for path in sorted(self.aside.rglob("*")) if path.is_file()]
-        manifest = {
-            "format": FORMAT,
-            "files": {
-                str(path.relative_to(self.aside)): {"bytes": path.stat().st_size, "sha256": _checksum(path)}
-                for path in files
-            },
-        }
-        (self.aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        write_manifest(self.aside, FORMAT)
         shutil.rmtree(self.final, ignore_errors=True)
         self.aside.rename(self.final)
         for old in _checkpoints(Path(config.run_dir))[: -config.trainer.keep_last]:
@@ -241,7 +216,7 @@ def _checkpoint_at(path: Path) -> tuple[Path, tuple[str, ...]]:
                 f"--resume {path}: no complete checkpoint there; give a checkpoint or a run directory with one",
             ]
         )
-    if problem := damage(checkpoint):
+    if problem := damage(checkpoint, FORMAT):
         raise InputError(f"--resume {path}: {problem}; take an earlier checkpoint")
     return checkpoint, notes
 
@@ -249,8 +224,3 @@ def _checkpoint_at(path: Path) -> tuple[Path, tuple[str, ...]]:
 def _next_attempt(run_dir: Path) -> int:
     path = run_dir / "attempt"
     return int(path.read_text()) + 1 if path.is_file() else 1
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -80,6 +80,15 @@ class Table:
                 f"the {self.family.model_type} table has no rule for the parameter {name}"
             ) from None
 
+    def on_expert_ranks(self, name: str, ep_size: int) -> list[str]:
+        """The parameter's name; an expert's: that of the expert with the same place on every expert rank."""
+        expert, experts = self.parameter(name).expert, self.shape.experts
+        if expert is None or experts is None:
+            return [name]
+        num_local = experts.num_experts // ep_size
+        others = [rank * num_local + expert % num_local for rank in range(ep_size)]
+        return [name.replace(f".local_experts.{expert}.", f".local_experts.{other}.") for other in others]
+
 
 def sizes(shape: ModelShape) -> dict[str, int]:
     """What the words of a table mean."""

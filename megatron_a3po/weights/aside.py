@@ -1,0 +1,71 @@
+"""A directory written beside its final name and renamed: whoever sees the final name sees all of it.
+
+A writer that is killed leaves `<name>.tmp`, which the next one to write there removes.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_a3po.errors import OutputError
+
+
+def aside_of(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".tmp")
+
+
+def open_aside(directory: Path) -> Path:
+    """An empty directory to write into."""
+    aside = aside_of(directory)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def close_aside(directory: Path) -> None:
+    """Give what was written its final name."""
+    shutil.rmtree(directory, ignore_errors=True)
+    aside_of(directory).rename(directory)
+
+
+def drop_aside(directory: Path) -> None:
+    shutil.rmtree(aside_of(directory), ignore_errors=True)
+
+
+@contextmanager
+def noting(problems: list[str], directory: Path) -> Iterator[None]:
+    """Writes that fail become sentences, so that a rank can tell the others instead of leaving them waiting."""
+    try:
+        yield
+    except OSError as error:
+        file = error.filename or aside_of(directory)
+        problems.append(
+            f"{file} cannot be written ({error.strerror}); free some space or choose another folder"
+        )
+
+
+@contextmanager
+def written_aside(directory: Path) -> Iterator[Path]:
+    """For one process: an empty directory that gets its final name in the end, or leaves nothing.
+
+    Errors: OutputError where a file cannot be written.
+    """
+    problems: list[str] = []
+    try:
+        with noting(problems, directory):
+            yield open_aside(directory)
+            close_aside(directory)
+        if problems:
+            raise OutputError(problems)
+    finally:
+        drop_aside(directory)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """A failed write does not say by itself which file it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
