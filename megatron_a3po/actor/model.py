@@ -4,13 +4,13 @@ Parameter names are GPTModel's, so that checkpoints and weight tables fit both. 
 belongs to the loss layer; the model only owns its weight (`output_weight`).
 """
 
+from functools import partial
 from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -23,10 +23,17 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_a3po.actor.attention import PackedSequences
 from megatron_a3po.actor.grid import Grid
-from megatron_a3po.actor.layers import PackedSequences, block_spec, has_transformer_engine
+from megatron_a3po.actor.layers import block_spec, has_transformer_engine
+from megatron_a3po.actor.rotary import Rotary
 from megatron_a3po.config import ModelShape
 from megatron_a3po.config.actor import ActorSection
+
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+}
 
 
 class TargetPolicy(LanguageModule):
@@ -49,17 +56,18 @@ class TargetPolicy(LanguageModule):
         self.share_embeddings_and_output_weights = shape.tie_word_embeddings
         self.model_type = ModelType.encoder_or_decoder
         self.max_position_embeddings = shape.max_position_embeddings
+        # transformers rounds the scale to the precision of the weights.
+        scale = shape.embedding_scale
+        self.embedding_scale = (
+            None if scale is None else torch.tensor(scale, dtype=config.params_dtype).item()
+        )
         self.tokens_forwarded = 0
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config, padded_vocab_size, shape.max_position_embeddings, position_embedding_type="rope"
             )
-        self.rotary_pos_emb = RotaryEmbedding(
-            shape.head_dim,
-            rotary_percent=1.0,
-            rotary_base=shape.rope.theta,  # pyright: ignore[reportArgumentType]
-            use_cpu_initialization=True,
-        )
+        ropes = [rope for rope in (shape.rope, shape.local_rope) if rope is not None]
+        self.rotary_pos_emb = Rotary(ropes, shape.head_dim, shape.max_position_embeddings)
         spec = block_spec(
             shape, config, vp_stage=vp_stage, pp_rank=pp_rank, transformer_engine=transformer_engine
         )
@@ -95,7 +103,9 @@ class TargetPolicy(LanguageModule):
         """tokens, position_ids int64 [1, rows] -> hidden [rows (/TP under sequence parallelism), 1, hidden]."""
         self.tokens_forwarded += packed.num_tokens
         hidden = self.embedding(tokens, position_ids) if self.pre_process else None
-        rotary = self.rotary_pos_emb.get_emb(max(packed.lengths))[position_ids[0]]
+        if hidden is not None and self.embedding_scale is not None:
+            hidden = hidden * self.embedding_scale
+        rotary = self.rotary_pos_emb(position_ids[0])
         return self.decoder(
             hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed
         )
@@ -122,10 +132,13 @@ def transformer_config(actor: ActorSection, shape: ModelShape) -> TransformerCon
         layernorm_epsilon=shape.norm_eps,
         normalization="RMSNorm",
         gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        activation_func=ACTIVATIONS[shape.activation],
         add_bias_linear=False,
         add_qkv_bias=shape.add_qkv_bias,
         qk_layernorm=shape.qk_norm,
+        layernorm_zero_centered_gamma=shape.zero_centered_norms,
+        softmax_scale=shape.softmax_scale,
+        **_windows(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=actor.tensor_model_parallel_size,
@@ -157,10 +170,20 @@ def transformer_config(actor: ActorSection, shape: ModelShape) -> TransformerCon
     )
 
 
+def _windows(shape: ModelShape) -> dict[str, Any]:
+    """Megatron-Core's keys: how far the layers with a window look back and ahead, and which layers these are."""
+    sizes = {window for window in shape.windows if window is not None}
+    if not sizes:
+        return {}
+    (size,) = sizes
+    windowed = [int(window is not None) for window in shape.windows]
+    return {"window_size": (size - 1, 0), "window_attn_skip_freq": windowed}
+
+
 def build_model(actor: ActorSection, shape: ModelShape, grid: Grid) -> list[DistributedDataParallel]:
     """This rank's stages, each wrapped for bf16 and data parallelism: one, or as many as virtual stages."""
     config = transformer_config(actor, shape)
-    transformer_engine = uses_transformer_engine(actor)
+    transformer_engine = uses_transformer_engine(actor, shape)
     vp_size = actor.virtual_pipeline_model_parallel_size
     chunks = []
     for vp_stage in range(vp_size) if vp_size else [None]:
@@ -195,14 +218,16 @@ def _mark_shards(stage: torch.nn.Module) -> None:
     unmarked shard as a replica: the gradient norm would leave out every tensor rank's but the first."""
     shard_dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in stage.modules():
-        dim, weight = shard_dims.get(type(module)), getattr(module, "weight", None)
+        dim = next((dim for kind, dim in shard_dims.items() if isinstance(module, kind)), None)
+        weight = getattr(module, "weight", None)
         if dim is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
 
 
-def uses_transformer_engine(actor: ActorSection) -> bool:
+def uses_transformer_engine(actor: ActorSection, shape: ModelShape) -> bool:
+    """Gemma's norms behind attention and MLP are not among its layers: start-up refuses to ask for both."""
     return actor.transformer_impl == "transformer_engine" or (
-        actor.transformer_impl == "auto" and has_transformer_engine()
+        actor.transformer_impl == "auto" and has_transformer_engine() and not shape.sandwich_norms
     )
 
 

@@ -54,7 +54,7 @@ QK_NORM = (
     ),
 )
 MLP_NORM = "post_attention_layernorm.weight"
-DENSE_MLP = (
+GATED_MLP = (
     Rule(
         LAYER + "mlp.linear_fc1.weight",
         gate_up,
@@ -70,14 +70,21 @@ DENSE_MLP = (
         {HF_LAYER + "mlp.down_proj.weight": "hidden ffn"},
         present="dense layers",
     ),
-    Rule(
+)
+
+
+def mlp_norm(hf_name: str) -> Rule:
+    """The norm before a dense MLP, which some families call otherwise."""
+    return Rule(
         LAYER + "pre_mlp_layernorm.weight",
         copy,
-        {HF_LAYER + MLP_NORM: "hidden"},
+        {HF_LAYER + hf_name: "hidden"},
         fused=LAYER + "mlp.linear_fc1.layer_norm_weight",
         present="dense layers",
-    ),
-)
+    )
+
+
+DENSE_MLP = (*GATED_MLP, mlp_norm(MLP_NORM))
 
 LLAMA = Family("llama", (*EMBEDDINGS, *ATTENTION, *DENSE_MLP))
 MISTRAL = Family("mistral", LLAMA.rules)
