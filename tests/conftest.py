@@ -7,6 +7,7 @@ not part of it; they are listed as left out all the same.
 
 import os
 import subprocess
+import sys
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,13 @@ NO_GPU = "no GPU"
 OTHER_PAIR = "needs the newest megatron-core: `make test-newest` runs it"
 SLOW = "slow: `make test-slow` runs it"
 NUM_SLOW = pytest.StashKey[int]()
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time() -> None:
+    """What a test draws without a seed of its own is the same in every run."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
