@@ -92,8 +92,9 @@ class Gradients:
     def _add_weight(
         self, total: Tensor, chunk: Chunk, shard: ShardExponentials, gradient: LogitsGradient
     ) -> None:
-        rows = chunk.rows
-        add_weight_gradient_(total, shard.exponentials, (rows * gradient.row_factor[:, None]).to(rows.dtype))
-        correction = (rows * gradient.target_value[:, None]).to(total.dtype)
+        correction = (chunk.rows * gradient.target_value[:, None]).to(total.dtype)
         # Of equal labels a GPU, too, adds up in a fixed order.
         total.index_put_((shard.target.column,), correction, accumulate=True)
+        del correction
+        # The rows are the chunk's own copy, and nobody reads them after this.
+        add_weight_gradient_(total, shard.exponentials, chunk.rows.mul_(gradient.row_factor[:, None]))
