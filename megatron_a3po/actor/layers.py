@@ -17,12 +17,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from megatron_a3po.actor.attention import (
-    PackedAttention,
-    PackedSequences,
-    TransformerEngineAttention,
-    has_window,
-)
+from megatron_a3po.actor.attention import PackedAttention, TransformerEngineAttention, has_window
 from megatron_a3po.config import ModelShape
 
 

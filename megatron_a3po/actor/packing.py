@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from megatron_a3po.actor.attention import PackedSequences
 from megatron_a3po.actor.grid import Grid
-from megatron_a3po.actor.layers import PackedSequences
 from megatron_a3po.errors import InputError
 from megatron_a3po.vocab_parallel import TokenFields, TrainedRows
 
