@@ -140,11 +140,9 @@ REFUSED = {
     "top-k": (["rollout.top_k=50"], ["rollout.top_k is 50"]),
     "repetition penalty": (["rollout.repetition_penalty=1.1"], ["rollout.repetition_penalty is 1.1"]),
     "temperature": (["rollout.temperature=0"], ["rollout.temperature is 0", "greater than 0"]),
-    "entropy": (["actor.entropy_coef=0.01"], ["actor.entropy_coef is 0.01", "only 0"]),
     "KL": (["actor.kl_coef=0.1"], ["actor.kl_coef is 0.1", "only 0"]),
     "dropout": (["actor.hidden_dropout=0.1"], ["actor.hidden_dropout is 0.1", "must be 0"]),
     "attention dropout": (["actor.attention_dropout=0.1"], ["actor.attention_dropout is 0.1"]),
-    "sequence ratio": (["actor.importance_ratio=sequence"], ["actor.importance_ratio"]),
     "context parallelism": (["actor.context_parallel_size=2"], ["actor.context_parallel_size is 2"]),
     "expert parallelism": (["actor.expert_model_parallel_size=2"], ["actor.expert_model_parallel_size is 2"]),
     "mini-batches": (

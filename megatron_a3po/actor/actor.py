@@ -92,13 +92,18 @@ class Actor:
         )
 
     def update(
-        self, packs: list[MicroBatch], objective: Objective, clock: Timed = lambda part: nullcontext()
+        self,
+        packs: list[MicroBatch],
+        objective: Objective,
+        clock: Timed = lambda part: nullcontext(),
+        *,
+        entropy_coef: float = 0.0,
     ) -> Update:
         """One optimizer step on one mini-batch: forward, backward, and the update on all ranks or on none."""
         assert self.optimizer is not None, "start_stage comes first"
         with clock("forward_backward"):
             self.optimizer.zero_grad()
-            outputs = self.pipeline.train(packs, objective)
+            outputs = self.pipeline.train(packs, objective, entropy_coef)
             loss_sum = torch.zeros((), device=self.grid.device)
             for output in outputs:
                 loss_sum = loss_sum + output.loss

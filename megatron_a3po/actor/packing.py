@@ -122,6 +122,7 @@ def pack(sequences: list[AlignedSequence], rows: int, grid: Grid, *, sequence_pa
     def of_trained(name: str, dtype: type) -> Tensor:
         return torch.from_numpy(laid(name, dtype)[trained]).to(grid.device)
 
+    sequence_ids = np.repeat(np.arange(len(sequences)), np.array(lengths, np.int64))[trained]
     # A pack without a sequence still runs (its peers do): all its rows are then one untrained sequence.
     attended = lengths or (rows,)
     cu_seqlens = np.concatenate([[0], np.cumsum(attended)]).astype(np.int32)
@@ -141,7 +142,8 @@ def pack(sequences: list[AlignedSequence], rows: int, grid: Grid, *, sequence_pa
             staleness=of_trained("staleness", np.int32),
             advantages=of_trained("advantages", np.float32),
             loss_weights=of_trained("loss_weights", np.float32),
-            prox_logp=None,
+            sequence_ids=torch.from_numpy(sequence_ids).to(grid.device),
+            num_sequences=len(sequences),
         ),
         denominator=sum(s.denominator for s in sequences),
         sequences=tuple(sequences),

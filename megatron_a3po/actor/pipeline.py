@@ -41,7 +41,9 @@ class Pipeline:
         vp_size = config.virtual_pipeline_model_parallel_size
         self.schedule = get_forward_backward_func(pp_size=grid.pp.size, vp_size=vp_size)
 
-    def train(self, micro_batches: list[MicroBatch], objective: Objective) -> list[LossOutput]:
+    def train(
+        self, micro_batches: list[MicroBatch], objective: Objective, entropy_coef: float = 0.0
+    ) -> list[LossOutput]:
         """Forward and backward; gradients end reduced and divided by the exact denominator in the main gradients.
 
         Returns one output per micro-batch on the last stage, nothing elsewhere.
@@ -50,14 +52,35 @@ class Pipeline:
         def loss(
             micro_batch: MicroBatch, weight: Tensor, hidden: Tensor
         ) -> tuple[Tensor, Tensor, LossOutput]:
-            output = vocab_parallel_loss(
-                hidden[:, 0], weight, micro_batch.rows, micro_batch.fields, objective, **self._layer_settings
-            )
+            output = self.loss(micro_batch, weight, hidden[:, 0], objective, entropy_coef)
             denominator = torch.full((), micro_batch.denominator, dtype=torch.int, device=hidden.device)
             # The schedule may free its output tensor's data after backward; what is kept is a copy.
             return output.loss, denominator, replace(output, loss=output.loss.detach().clone())
 
         return self._run(micro_batches, loss, forward_only=False)
+
+    def loss(
+        self,
+        micro_batch: MicroBatch,
+        weight: Tensor,
+        hidden: Tensor,
+        objective: Objective,
+        entropy_coef: float,
+    ) -> LossOutput:
+        """The loss layer on a micro-batch: two sweeps for an objective that looks across the tokens of a sequence.
+
+        They are all here: packs never split a sequence.
+        """
+        return vocab_parallel_loss(
+            hidden,
+            weight,
+            micro_batch.rows,
+            micro_batch.fields,
+            objective,
+            entropy_coef=entropy_coef,
+            sweeps=2 if getattr(objective, "needs_all_tokens", False) else 1,
+            **self._layer_settings,
+        )
 
     @torch.no_grad()
     def score(self, micro_batches: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:

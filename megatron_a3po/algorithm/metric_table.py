@@ -26,7 +26,12 @@ class Metric:
 
 
 TRAINING = (
-    Metric("loss", "the mean `actor.loss_mean` names, averaged over the step's mini-batches", "small"),
+    Metric(
+        "loss",
+        "what is minimised, entropy and KL terms included: the mean `actor.loss_mean` names, averaged over the step's "
+        "mini-batches",
+        "small",
+    ),
     Metric(
         "grad_norm", "of the whole gradient before clipping, averaged over mini-batches", "no sudden jumps"
     ),
@@ -179,4 +184,8 @@ without values in a step is absent, never 0.
 In the formulas b is the behaviour log-prob, t the target's (detached, in its own mini-batch), g the recomputed
 proximal log-prob, a its approximation by the method named in the metric, A the advantage, and
 d = current_version - version the staleness. g is known for every token in `recompute` and `metrics`, and for those
-of mini-batch 1, where it is t itself, in `loglinear` and `linear`. Errors of the approximations exist in `metrics`."""
+of mini-batch 1, where it is t itself, in `loglinear` and `linear`. Errors of the approximations exist in `metrics`.
+
+With `actor.importance_ratio: sequence` r, w and the clip are a sequence's, and each of its trained tokens counts them
+once: `clipped_tokens` is the number of tokens in clipped sequences, an `/avg` weighs a sequence by its length. The
+approximations are of tokens all the same."""

@@ -148,13 +148,15 @@ class ActorSection(Section):
     sequences times rollout.max_response_tokens."""
 
     importance_ratio: Literal["token", "sequence"] = "token"
-    """One ratio for each token, or (GSPO) one for each sequence. Only `token` for now."""
+    """One ratio for each token, or one for each sequence (GSPO): the geometric mean of its tokens' ratios,
+    clipped as a whole. It moves far less than a token's, so eps_low and eps_high are far smaller; GSPO's loss_mean is
+    `sequence`."""
 
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = "grpo"
     """How rewards become advantages."""
 
     entropy_coef: float = 0.0
-    """Weight of an entropy bonus. Only 0 for now."""
+    """Weight of the entropy bonus: this times the mean entropy, by `loss_mean`, is subtracted from the loss."""
 
     kl_coef: float = 0.0
     """Weight of a KL penalty. Only 0 for now."""

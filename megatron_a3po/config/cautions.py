@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 
+from megatron_a3po.config.actor import ActorSection
 from megatron_a3po.config.config import Config
 from megatron_a3po.config.model_shape import ModelShape
+
+LARGE_SEQUENCE_EPS = 0.1
 
 
 def cautions(config: Config, shape: ModelShape | None = None) -> list[str]:
@@ -19,6 +22,8 @@ def cautions(config: Config, shape: ModelShape | None = None) -> list[str]:
 
 def _objective(config: Config) -> Iterator[str]:
     actor, bound = config.actor, config.rollout.bound
+    if actor.importance_ratio == "sequence":
+        yield from _sequence_ratio(actor)
     if not actor.use_decoupled_loss:
         if bound > 0:
             yield (
@@ -40,6 +45,19 @@ def _objective(config: Config) -> Iterator[str]:
         )
     if actor.behave_weight == "off_at_any_staleness" and bound > 0:
         yield f"stale tokens are trained on uncorrected: actor.behave_weight is off at a staleness bound of {bound}."
+
+
+def _sequence_ratio(actor: ActorSection) -> Iterator[str]:
+    if actor.loss_mean != "sequence":
+        yield (
+            f"actor.importance_ratio=sequence with actor.loss_mean={actor.loss_mean} counts a sequence once for "
+            "each of its tokens; GSPO counts it once: actor.loss_mean=sequence."
+        )
+    if max(actor.eps_low, actor.eps_high) >= LARGE_SEQUENCE_EPS:
+        yield (
+            "a sequence's ratio is a mean over its tokens and moves far less than a token's: with actor.eps_low="
+            f"{actor.eps_low:g} and actor.eps_high={actor.eps_high:g} it may never be clipped (GSPO: 3e-4 and 4e-4)."
+        )
 
 
 def _rollout(config: Config) -> Iterator[str]:

@@ -87,12 +87,11 @@ def _not_implemented(config: Config) -> Iterator[Problem]:
             yield Problem(
                 (f"actor.{name}",), f"actor.{name} is {value}, but only 1 is supported: leave it out."
             )
-    for name in ("entropy_coef", "kl_coef"):
-        if (value := getattr(actor, name)) != 0:
-            yield Problem(
-                (f"actor.{name}",),
-                f"actor.{name} is {value:g}, but no such term is implemented: only 0 is accepted.",
-            )
+    if actor.kl_coef != 0:
+        yield Problem(
+            ("actor.kl_coef",),
+            f"actor.kl_coef is {actor.kl_coef:g}, but no such term is implemented: only 0 is accepted.",
+        )
     for name in ("hidden_dropout", "attention_dropout"):
         if (value := getattr(actor, name)) != 0:
             yield Problem(
@@ -100,11 +99,6 @@ def _not_implemented(config: Config) -> Iterator[Problem]:
                 f"actor.{name} is {value:g}, but must be 0: with dropout the ratio of two policies would be "
                 "noise.",
             )
-    if actor.importance_ratio == "sequence":
-        yield Problem(
-            ("actor.importance_ratio",),
-            'actor.importance_ratio is "sequence", but the loss layer has only "token": leave it out.',
-        )
 
 
 def _sampling(config: Config) -> Iterator[Problem]:

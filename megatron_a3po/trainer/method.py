@@ -26,7 +26,9 @@ from megatron_a3po.config.actor import ActorSection
 from megatron_a3po.vocab_parallel import LossOutput, TokenFields
 from megatron_a3po.vocab_parallel.policy_objective import (
     Anchor,
+    ClippedObjective,
     PolicyObjective,
+    SequenceObjective,
     interpolated,
     own_anchor,
     recomputed_anchor,
@@ -34,6 +36,7 @@ from megatron_a3po.vocab_parallel.policy_objective import (
 )
 
 Name = Literal["coupled", "loglinear", "linear", "recompute", "metrics"]
+RATIOS: dict[str, type[ClippedObjective]] = {"token": PolicyObjective, "sequence": SequenceObjective}
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,15 @@ class Method:
         """Whether mini-batch `mini_batch` (from 0) is scored before the first optimizer step."""
         return self.name in ("recompute", "metrics") and (mini_batch > 0 or self.force_every_token)
 
-    def objective(self, mini_batch: int) -> PolicyObjective:
-        """The clipped loss of a mini-batch around its anchor."""
+    @property
+    def entropy_coef(self) -> float:
+        """Weight of the entropy bonus; the loss layer has the entropies."""
+        return self.actor.entropy_coef
+
+    def objective(self, mini_batch: int) -> ClippedObjective:
+        """The clipped loss of a mini-batch around its anchor, with a ratio per token or per sequence."""
         actor = self.actor
-        return PolicyObjective(
+        return RATIOS[actor.importance_ratio](
             self._anchor(mini_batch),
             eps_low=actor.eps_low,
             eps_high=actor.eps_high,
@@ -66,7 +74,7 @@ class Method:
         )
 
     def measure(
-        self, mini_batch: int, objective: PolicyObjective, output: LossOutput, fields: TokenFields
+        self, mini_batch: int, objective: ClippedObjective, output: LossOutput, fields: TokenFields
     ) -> list[Statistics]:
         """What is reported of one micro-batch of trained tokens, on the device."""
         logp, behave_logp, staleness = output.logp, fields.behave_logp, fields.staleness

@@ -73,7 +73,7 @@ def _update(
     actor: Actor, number: int, pack: list[MicroBatch], method: Method, measured: Measured, clock: Clock
 ) -> None:
     objective = method.objective(number)
-    update = actor.update(pack, objective, clock)
+    update = actor.update(pack, objective, clock, entropy_coef=method.entropy_coef)
     measured.grad_norms.append(update.grad_norm)
     measured.loss_sums.append(update.loss_sum)
     measured.denominators.append(update.denominator)

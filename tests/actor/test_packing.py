@@ -98,10 +98,13 @@ def test_fields_meet_the_token_they_score(lengths: list[int]):
         assert (pack.position_ids[0][starts] == 0).all()
         used = sum(pack.packed.lengths)
         assert (tokens[used:] == 0).all()
+        assert pack.fields.num_sequences == len(pack.sequences)
+        assert (sequence_ids := pack.fields.sequence_ids) is not None
         for index in range(len(pack.fields.labels)):
             name, position = pack.trained_token(index)
             sequence = next(s for s in pack.sequences if s.name == name)
             assert sequence.tokens[position] == pack.fields.labels[index]
+            assert pack.sequences[int(sequence_ids[index])] is sequence
 
 
 @given(lengths_of_sequences, st.sampled_from([2, 4]))
@@ -121,6 +124,7 @@ def test_a_rank_without_sequences_still_has_a_pack():
     assert [len(pack.sequences) for pack in packs] == [0]
     assert packs[0].packed.lengths == (5,)
     assert packs[0].rows.total == 0
+    assert packs[0].fields.num_sequences == 0
     assert packs[0].denominator == 0
     with pytest.raises(IndexError):
         packs[0].trained_token(0)

@@ -76,6 +76,11 @@ def test_forwards(load, overrides: list[str], forwards: float, sentence: str):
         (["actor.eps_high=0.28", "actor.dual_clip=3"], "[0.8, 1.28], dual clip at 3"),
         (["actor.behave_weight_cap=2"], "weight     pi_prox / pi_behave, at most 2"),
         (["actor.use_decoupled_loss=false"], "weight     1 (coupled loss)"),
+        (
+            ["actor.importance_ratio=sequence"],
+            "takes two sweeps over the vocabulary, 4 matrix products instead of 3",
+        ),
+        (["actor.entropy_coef=0.01"], "averaged by token, less 0.01 times the entropy"),
         (["rollout.max_staleness=4"], "at most 4, policy wait"),
         (["rollout.fixed_staleness=4"], "exactly 4 versions old"),
         (["warm_start.steps=20"], "20 supervised steps of 64 examples"),
@@ -92,6 +97,11 @@ def test_method_and_samples(load, overrides: list[str], sentence: str):
         (["actor.use_decoupled_loss=false"], "actor.use_decoupled_loss is false at a staleness bound of 1"),
         ([], "with one mini-batch never clips"),
         (["actor.prox_logp_method=metrics"], "with one mini-batch never clips"),
+        (
+            ["actor.importance_ratio=sequence"],
+            "with actor.loss_mean=token counts a sequence once for each of",
+        ),
+        (["actor.importance_ratio=sequence", "actor.loss_mean=sequence"], "it may never be clipped"),
         (["rollout.staleness_policy=train"], "is soft"),
         (["actor.behave_weight=off_at_any_staleness"], "uncorrected"),
         (["rollout.fixed_staleness=1"], "same composition"),
@@ -110,6 +120,13 @@ def test_cautions(load, overrides: list[str], fragment: str):
         ["actor.prox_logp_method=loglinear", "rollout.max_staleness=60"],
         ["actor.use_decoupled_loss=false", "rollout.max_staleness=0"],
         ["actor.num_mini_batches=2"],
+        [
+            "actor.num_mini_batches=2",
+            "actor.importance_ratio=sequence",
+            "actor.loss_mean=sequence",
+            "actor.eps_low=3e-4",
+            "actor.eps_high=4e-4",
+        ],
     ],
 )
 def test_nothing_to_be_cautious_about(load, overrides: list[str]):
