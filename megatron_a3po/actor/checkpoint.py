@@ -20,6 +20,7 @@ from megatron_a3po.actor.actor import Actor
 from megatron_a3po.actor.model import unwrap
 from megatron_a3po.actor.optimizer import Optimizer
 from megatron_a3po.lifetime import be_a_servant
+from megatron_a3po.weights.unpickling import refuse_code
 
 # Given to model and optimizer alike. Source: megatron.training.checkpointing._build_sharded_state_dict_metadata.
 _METADATA = {
@@ -39,7 +40,11 @@ def save(actor: Actor, directory: Path) -> None:
 
 
 def load(actor: Actor, directory: Path) -> None:
-    """Weights, moments and schedule from `directory`, whatever layout wrote it. Collective over all ranks."""
+    """Weights, moments and schedule from `directory`, whatever layout wrote it. Collective over all ranks.
+
+    Errors: InputError names a file that is damaged or would run code.
+    """
+    refuse_code(directory)
     optimizers = _optimizer(actor).distributed_optimizers
     for optimizer in optimizers:
         _ensure_moments(optimizer)
