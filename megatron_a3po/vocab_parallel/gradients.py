@@ -6,6 +6,7 @@
 The first product may run before its factors are known, and its sum over the shards travels while the second runs.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,9 @@ from megatron_a3po.vocab_parallel.logits_gradient import LogitsGradient
 from megatron_a3po.vocab_parallel.products import add_weight_gradient_, multiply_weight
 from megatron_a3po.vocab_parallel.shard_softmax import ShardExponentials
 from megatron_a3po.vocab_parallel.sweep import Chunk
+
+# Tokens corrected at a time, so that no third buffer of the rows' size comes up.
+PART_TOKENS = {"cpu": 64, "cuda": 1024}
 
 
 @dataclass(frozen=True)
@@ -85,16 +89,22 @@ class Gradients:
         self, chunk: Chunk, shard: ShardExponentials, gradient: LogitsGradient, product: Tensor
     ) -> None:
         product.mul_(gradient.row_factor[:, None])
-        if len(self.weight):
-            product.addcmul_(self.weight[shard.target.column], gradient.target_value[:, None])
+        for part in _parts(product) if len(self.weight) else ():
+            target = self.weight[shard.target.column[part]]
+            product[part].addcmul_(target, gradient.target_value[part, None])
         chunk.start_return(product)
 
     def _add_weight(
         self, total: Tensor, chunk: Chunk, shard: ShardExponentials, gradient: LogitsGradient
     ) -> None:
-        correction = (chunk.rows * gradient.target_value[:, None]).to(total.dtype)
-        # Of equal labels a GPU, too, adds up in a fixed order.
-        total.index_put_((shard.target.column,), correction, accumulate=True)
-        del correction
+        for part in _parts(chunk.rows):
+            correction = (chunk.rows[part] * gradient.target_value[part, None]).to(total.dtype)
+            # Of equal labels a GPU, too, adds up in a fixed order.
+            total.index_put_((shard.target.column[part],), correction, accumulate=True)
         # The rows are the chunk's own copy, and nobody reads them after this.
         add_weight_gradient_(total, shard.exponentials, chunk.rows.mul_(gradient.row_factor[:, None]))
+
+
+def _parts(rows: Tensor) -> Iterator[slice]:
+    size = PART_TOKENS[rows.device.type]
+    return (slice(start, start + size) for start in range(0, len(rows), size))
