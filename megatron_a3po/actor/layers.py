@@ -1,6 +1,7 @@
 """The layers of the target policy: Megatron-Core's, with the parts it lacks without Transformer Engine put in place."""
 
 import importlib.util
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -105,7 +106,11 @@ def layer_spec(shape: ModelShape, layer: int, transformer_engine: bool) -> Modul
     if shape.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if shape.sandwich_norms:
-        attention.linear_proj = parts.mlp.submodules.linear_fc2 = NormedRowParallelLinear
+        # Megatron-Core 0.16 holds an MLP's parts in a spec, 0.19 in a partial.
+        mlp: Any = (
+            parts.mlp.keywords["submodules"] if isinstance(parts.mlp, partial) else parts.mlp.submodules
+        )
+        attention.linear_proj = mlp.linear_fc2 = NormedRowParallelLinear
     if shape.local_rope is not None:
         parts.self_attention.module = TwoRotarySelfAttention
     return spec

@@ -1,0 +1,94 @@
+"""Every dense family against transformers: the tensors it has, the logits it computes, the bits it gives back.
+
+The ranks of a layout start once per family: they load the checkpoint, compute on two packs, and write it again.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_a3po.actor.actor import Actor
+from megatron_a3po.config import read_model_shape
+from megatron_a3po.weights.families import table_of
+from tests.actor.ranks import on_actors, random_sequences
+from tests.weights.checkpoints import DENSE, VOCAB_SIZE, WINDOW, logits_of, read_model, write_checkpoint
+from tests.weights.test_round_trip import assert_identical, tensors_of
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one rank": {},
+    "tp 2": {"tp": 2},
+    "tp 2 sp": {"tp": 2, "sequence_parallel": True},
+    "tp 2 pp 2 sp": {"tp": 2, "pp": 2, "sequence_parallel": True},
+}
+# A pack of very unlike lengths goes through attention sequence by sequence, one of like lengths as a batch.
+PACKS = {"ragged": [2, 31, 3, 17, 64, 2], "alike": [28, 25, 29], "within the window": [7, 8, 5]}
+assert min(PACKS["alike"]) > WINDOW
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("families")
+    return {name: write_checkpoint(folder / name, config()) for name, config in DENSE.items()}
+
+
+def hidden_and_weight(actor: Actor) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Of each pack, this rank's last hidden states and its shard of the output projection; last stage only."""
+    found = {}
+    for name, lengths in PACKS.items():
+        (pack,) = actor.pack(random_sequences(lengths, VOCAB_SIZE))
+        keep = lambda pack, weight, hidden: (  # noqa: E731
+            hidden.new_zeros(()),
+            torch.zeros((), dtype=torch.int),
+            (hidden[:, 0].detach().clone(), weight.detach().clone()),
+        )
+        with torch.no_grad():
+            outputs = actor.pipeline._run([pack], keep, forward_only=True)
+        if outputs:
+            hidden, weight = outputs[0]
+            found[name] = hidden.numpy(), weight.numpy()
+    return found
+
+
+def logits(ranks: list[dict], pack: str, sequence_parallel: bool) -> np.ndarray:
+    """[rows, vocabulary] from what the tensor ranks of the last stage hold."""
+    shards = [rank[pack] for rank in ranks if rank]
+    hidden = np.concatenate([one for one, _ in shards]) if sequence_parallel else shards[0][0]
+    return (hidden @ np.concatenate([weight for _, weight in shards]).T)[: sum(PACKS[pack]), :VOCAB_SIZE]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", DENSE)
+def test_logits_are_those_of_transformers_and_weights_come_back_bit_for_bit(
+    checkpoints: dict[str, Path], tmp_path: Path, family: str, layout: str
+):
+    def compute_and_export(actor: Actor) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        actor.write_hugging_face(tmp_path / "export")
+        return hidden_and_weight(actor)
+
+    keys = LAYOUTS[layout]
+    ranks = on_actors(compute_and_export, checkpoints[family], **keys)
+    assert_identical(tensors_of(tmp_path / "export"), tensors_of(checkpoints[family]))
+    model = read_model(checkpoints[family]).double()
+    for pack, lengths in PACKS.items():
+        expected = torch.cat(
+            [logits_of(model, s.tokens) for s in random_sequences(lengths, VOCAB_SIZE)]
+        ).numpy()
+        found = logits(ranks, pack, keys.get("sequence_parallel", False))
+        distance = np.abs(found - expected).max() / np.abs(expected).max()
+        print(f"{pack}: {distance:.1e} of the largest logit, {np.abs(expected).max():.1f}")
+        assert distance < 1e-6
+        assert np.abs(expected).max() > 3  # they matter
+    _, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "export", local_files_only=True, output_loading_info=True
+    )
+    assert not any(report.values()), report
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_the_table_of_sizes_is_transformers(checkpoints: dict[str, Path], family: str):
+    found = {name: tuple(tensor.shape) for name, tensor in tensors_of(checkpoints[family]).items()}
+    assert table_of(read_model_shape(checkpoints[family])).tensors == found
