@@ -8,13 +8,15 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_a3po.actor.experts import count_experts_from, score_biases
 from megatron_a3po.actor.grid import Grid
-from megatron_a3po.actor.model import build_model, unwrap
+from megatron_a3po.actor.model import TargetPolicy, build_model, unwrap
 from megatron_a3po.actor.optimizer import Optimizer, Schedule
 from megatron_a3po.actor.packing import AlignedSequence, MicroBatch, micro_batches
 from megatron_a3po.actor.pipeline import LossSettings, Pipeline
@@ -131,8 +133,8 @@ class Actor:
         parameters = [(name, tensor) for name, tensor, own in self._parameters() if own]
         names = [(name, tensor.dtype) for name, tensor in parameters] if self.grid.holds_export else []
         write_hugging_face(
-            full_tensors(parameters, self.table, self.layout, self.grid.tp.group),
-            announce(names, self.table),
+            full_tensors(parameters, self.table, self.layout, self.grid.tp.group, self.grid.ep.group),
+            announce(names, self.table, ep_size=self.grid.ep.size),
             directory,
             template=self.hf_path,
             peers=self.grid.host_group,
@@ -150,17 +152,25 @@ class Actor:
         )
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, bool]]:
-        """(name with global layer number, this rank's shard, whether it is exported from here)."""
+        """(name, layers and experts numbered over all ranks; this rank's shard; whether it is exported from here)."""
         for chunk in self.model:
             stage = unwrap(chunk)
-            for name, parameter in stage.named_parameters():
-                if name.startswith("decoder.layers."):
-                    local, rest = name.removeprefix("decoder.layers.").split(".", 1)
-                    layer = int(stage.decoder.layers[int(local)].layer_number) - 1  # pyright: ignore[reportArgumentType]
-                    name = f"decoder.layers.{layer}.{rest}"
+            for name, parameter in chain(stage.named_parameters(), score_biases(stage)):
+                name = self._over_all_ranks(stage, name)
                 # The last stage's copy of a tied embedding is loaded like the embedding and exported from the first.
                 tied_copy = name == "output_layer.weight" and self.shape.tie_word_embeddings
                 yield ("embedding.word_embeddings.weight" if tied_copy else name), parameter, not tied_copy
+
+    def _over_all_ranks(self, stage: TargetPolicy, name: str) -> str:
+        """A parameter's name with layers counted over all stages, experts over all expert ranks."""
+        if not name.startswith("decoder.layers."):
+            return name
+        local, rest = name.removeprefix("decoder.layers.").split(".", 1)
+        layer = int(stage.decoder.layers[int(local)].layer_number) - 1  # pyright: ignore[reportArgumentType]
+        if self.shape.experts is not None:
+            num_local = self.shape.experts.num_experts // self.grid.ep.size
+            rest = count_experts_from(self.grid.ep.rank * num_local, rest)
+        return f"decoder.layers.{layer}.{rest}"
 
     def _gather_parameters(self) -> None:
         # Under overlap_param_gather the next forward gathers lazily; whoever reads the weights before that must ask.

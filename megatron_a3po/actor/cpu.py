@@ -32,13 +32,16 @@ class _CudaDeviceIsCpu(TorchFunctionMode):
 
 
 class _Stream:
-    """Stands for `torch.cuda.Stream`: a class, because third parties subclass it and test instances of it."""
+    """Stands for `torch.cuda.Stream`, and for the events it records: a class, because third parties subclass it and
+    test instances of it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait_stream(self, stream: Any) -> None: ...
     def wait_event(self, event: Any) -> None: ...
-    def record_event(self, event: Any = None) -> None: ...
     def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> "_Stream":
+        return self
 
 
 def _type_name(tensor: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
@@ -47,6 +50,10 @@ def _type_name(tensor: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
     # Under the mode the lookup by name comes back here once more, with the name already made.
     plain = isinstance(name, str) and not name.startswith("torch.cuda.")
     return name.replace("torch.", "torch.cuda.", 1) if plain else name
+
+
+def _host_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 _tensor_type = torch.Tensor.type
@@ -82,6 +89,10 @@ def pretend_cuda_is_cpu() -> None:
             setattr(owner, name, replacement)
 
     from megatron.core.tensor_parallel import random as tensor_parallel_random
+    from megatron.core.transformer.moe import token_dispatcher
+
+    # The dispatcher of tokens to experts makes host numbers of its split sizes only where they are on a GPU.
+    token_dispatcher.maybe_move_tensor_to_cpu = _host_numbers
 
     # Megatron-Core's tracker reaches below torch.cuda for its generator.
     tensor_parallel_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
@@ -90,5 +101,7 @@ def pretend_cuda_is_cpu() -> None:
     tensor_parallel_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: (
         torch.set_rng_state(new_state)
     )
+    # The compiler stumbles over functions replaced here, and would take minutes for what runs once.
+    torch.compiler.set_stance("force_eager")
     _mode = _CudaDeviceIsCpu()
     _mode.__enter__()

@@ -1,4 +1,4 @@
-"""The process grid: which rank stands where on the tensor, pipeline and data axes.
+"""The process grid: which rank stands where on the tensor, pipeline, data and expert axes.
 
 The only file that touches Megatron-Core's `parallel_state`. Everything else receives a frozen `Grid`.
 """
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_a3po.config.actor import ActorSection
+from megatron_a3po.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Grid:
-    """This rank's place: `tp` tensor, `pp` pipeline, `dp` data axis; `host_group` is gloo, for host objects."""
+    """This rank's place: `tp` tensor, `pp` pipeline, `dp` data axis; `host_group` is gloo, for host objects.
+
+    `ep`, the expert axis, lies within the data axis: neighbouring data ranks share the experts. An expert is split over
+    the tensor axis as everything else is.
+    """
 
     world_rank: int
     world_size: int
@@ -41,6 +46,7 @@ class Grid:
     tp: Axis
     pp: Axis
     dp: Axis
+    ep: Axis
     host_group: dist.ProcessGroup
     patience_s: float  # how long a rank may let the others wait in a collective
 
@@ -66,6 +72,7 @@ def build_grid(
     timeout_s: float,
 ) -> Grid:
     """Join the process group and lay the grid over it. Source: parallel_state.initialize_model_parallel."""
+    _check_expert_axis(actor, world_size)
     has_gpu = torch.cuda.is_available()
     timeout = datetime.timedelta(seconds=timeout_s)
     if has_gpu:
@@ -85,6 +92,8 @@ def build_grid(
         tensor_model_parallel_size=actor.tensor_model_parallel_size,
         pipeline_model_parallel_size=actor.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=actor.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=actor.expert_model_parallel_size,
+        expert_tensor_parallel_size=actor.tensor_model_parallel_size,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
         create_gloo_process_groups=False,
     )
@@ -97,6 +106,7 @@ def build_grid(
         tp=_axis(parallel_state.get_tensor_model_parallel_group()),
         pp=_axis(parallel_state.get_pipeline_model_parallel_group()),
         dp=_axis(parallel_state.get_data_parallel_group()),
+        ep=_axis(parallel_state.get_expert_model_parallel_group()),
         host_group=_axis(dist.new_group(backend="gloo", timeout=timeout)).group,
         patience_s=min(10.0, timeout_s / 4),
     )
@@ -106,6 +116,15 @@ def leave_grid() -> None:
     """Take the grid and the process group down."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def _check_expert_axis(actor: ActorSection, world_size: int) -> None:
+    data_size = world_size // (actor.tensor_model_parallel_size * actor.pipeline_model_parallel_size)
+    if data_size % actor.expert_model_parallel_size:
+        raise InputError(
+            f"actor.expert_model_parallel_size is {actor.expert_model_parallel_size}, but must divide the {data_size} "
+            "data-parallel ranks: take a divisor, or more ranks"
+        )
 
 
 def _axis(group: Any) -> Axis:

@@ -93,12 +93,13 @@ def layer_spec(shape: ModelShape, layer: int, transformer_engine: bool) -> Modul
 
     Source: get_gpt_layer_local_spec or get_gpt_layer_with_transformer_engine_spec, core attention (and norms) replaced.
     """
+    num_experts = shape.experts.num_experts if shape.experts and shape.is_sparse(layer) else None
     if transformer_engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
+        spec = get_gpt_layer_with_transformer_engine_spec(num_experts, qk_layernorm=shape.qk_norm)
         parts: Any = spec.submodules
         parts.self_attention.submodules.core_attention = TransformerEngineAttention
         return spec
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+    spec = get_gpt_layer_local_spec(num_experts, normalization="RMSNorm", qk_layernorm=shape.qk_norm)
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention: Any = parts.self_attention.submodules

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_a3po.actor.attention import PackedSequences
+from megatron_a3po.actor.experts import expert_settings, keep_score_bias_in_fp32
 from megatron_a3po.actor.grid import Grid
 from megatron_a3po.actor.layers import block_spec, has_transformer_engine
 from megatron_a3po.actor.rotary import Rotary
@@ -167,6 +168,7 @@ def transformer_config(actor: ActorSection, shape: ModelShape) -> TransformerCon
         recompute_granularity=actor.recompute_granularity,
         recompute_method="uniform" if actor.recompute_granularity == "full" else None,
         recompute_num_layers=1 if actor.recompute_granularity == "full" else None,
+        **expert_settings(actor, shape),
     )
 
 
@@ -199,7 +201,11 @@ def build_model(actor: ActorSection, shape: ModelShape, grid: Grid) -> list[Dist
             transformer_engine=transformer_engine,
         ).to(grid.device)
         _mark_shards(stage)
-        chunks.append(HalfPrecision(config, stage) if actor.bf16 else stage)
+        # In training mode Megatron-Core wants sequence parallelism beside experts; they are not trained yet.
+        stage.train(shape.experts is None)
+        chunk = HalfPrecision(config, stage) if actor.bf16 else stage
+        keep_score_bias_in_fp32(chunk)
+        chunks.append(chunk)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,

@@ -82,11 +82,12 @@ def world_size_problems(config: Config, world_size: int | None) -> Iterator[Prob
 
 def _not_implemented(config: Config) -> Iterator[Problem]:
     actor = config.actor
-    for name in ("context_parallel_size", "expert_model_parallel_size"):
+    for name, why in (
+        ("context_parallel_size", "only 1 is supported"),
+        ("expert_model_parallel_size", "models with experts can be converted but not trained yet"),
+    ):
         if (value := getattr(actor, name)) != 1:
-            yield Problem(
-                (f"actor.{name}",), f"actor.{name} is {value}, but only 1 is supported: leave it out."
-            )
+            yield Problem((f"actor.{name}",), f"actor.{name} is {value}, but {why}: leave it out.")
     if actor.kl_coef != 0:
         yield Problem(
             ("actor.kl_coef",),

@@ -69,6 +69,13 @@ def damaged_tokenizer(folder: Path) -> Iterator[str]:
 
 
 def _layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
+    if shape.experts is not None:
+        yield Problem(
+            ("model.hf_path",),
+            f"model.hf_path: {config.model.hf_path} is a {shape.model_type}, whose experts can be converted but not "
+            "trained yet: take a dense model.",
+        )
+        return
     actor = config.actor
     tensor_size, stages = actor.tensor_model_parallel_size, actor.pipeline_model_parallel_size
     for what, number in (

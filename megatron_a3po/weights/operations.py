@@ -6,7 +6,7 @@ An operation is a pair of pure functions. `shard` reads just what tensor rank `t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,7 +43,12 @@ def _part(size: int, layout: Layout) -> slice:
     return slice(layout.tp_rank * each, (layout.tp_rank + 1) * each)
 
 
-# Replicated over the tensor axis: norms.
+def _num_rows(source: SliceReader) -> int:
+    sizes: Any = source  # a safetensors slice says its shape by a method
+    return (sizes.get_shape() if hasattr(sizes, "get_shape") else sizes.shape)[0]
+
+
+# Replicated over the tensor axis: norms, routers.
 def _copy_merge(shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
     for tp_rank, shard in enumerate(shards[1:], start=1):
         # A replica that drifted means a gradient was not summed over the tensor axis: never publish that.
@@ -76,10 +81,16 @@ vocabulary = Operation(
 )
 
 
+# Split along the output dimension: latent attention's projections.
+column = Operation(
+    shard=lambda sources, layout: sources[0][_part(_num_rows(sources[0]), layout)],
+    merge=lambda shards, shape: [torch.cat(list(shards))],
+)
+
+
 # gate_proj and up_proj, each split along the output dimension, then stacked.
 def _gate_up_shard(sources: Sequence[SliceReader], layout: Layout) -> Tensor:
-    part = _part(layout.shape.ffn_hidden_size, layout)
-    return torch.cat([source[part] for source in sources])
+    return torch.cat([source[_part(_num_rows(source), layout)] for source in sources])
 
 
 def _gate_up_merge(shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:

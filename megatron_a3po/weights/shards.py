@@ -1,7 +1,7 @@
 """This rank's shards from full tensors, and full tensors from every rank's shards.
 
-Parameters come as (Megatron-Core name with global layer numbers, tensor); the table says the rest. Strict both
-ways: a name the table does not know, or a tensor the source does not hold, is an error.
+Parameters come as (Megatron-Core name, tensor), layers and experts numbered over all ranks; the table says the rest.
+Strict both ways: a name the table does not know, or a tensor the source does not hold, is an error.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,14 +38,30 @@ def load_shards(
 
 @torch.no_grad()
 def full_tensors(
-    parameters: NamedTensors, table: Table, layout: Layout, tp_group: dist.ProcessGroup
+    parameters: NamedTensors,
+    table: Table,
+    layout: Layout,
+    tp_group: dist.ProcessGroup,
+    ep_group: dist.ProcessGroup | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, full tensor) of this pipeline stage. Collective over the tensor axis."""
+    """(Hugging Face name, full tensor) of this pipeline stage. Collective over the tensor and the expert axis.
+
+    An expert comes from the rank that has it to all ranks of the expert axis, one at a time.
+    """
+    ep_size, ep_rank = (
+        (1, 0) if ep_group is None else (dist.get_world_size(ep_group), dist.get_rank(ep_group))
+    )
     for name, parameter in parameters:
-        made_of = table.parameter(name)
         own = parameter.detach().contiguous()
-        shards = [own]
-        if layout.tp_size > 1:
-            shards = [torch.empty_like(own) for _ in range(layout.tp_size)]
-            dist.all_gather(shards, own, group=tp_group)
-        yield from zip(made_of.tensors, made_of.operation.merge(shards, layout.shape), strict=True)
+        owners = table.on_expert_ranks(name, ep_size)
+        for owner_rank, owner_name in enumerate(owners):
+            shard = own
+            if len(owners) > 1:
+                shard = own if owner_rank == ep_rank else torch.empty_like(own)
+                dist.broadcast(shard, group=ep_group, group_src=owner_rank)
+            made_of = table.parameter(owner_name)
+            shards = [shard]
+            if layout.tp_size > 1:
+                shards = [torch.empty_like(shard) for _ in range(layout.tp_size)]
+                dist.all_gather(shards, shard, group=tp_group)
+            yield from zip(made_of.tensors, made_of.operation.merge(shards, layout.shape), strict=True)

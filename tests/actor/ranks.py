@@ -23,6 +23,7 @@ def on_actors(
     *,
     tp: int = 1,
     pp: int = 1,
+    dp: int = 1,
     temperature: float = 1.0,
     initialization: str = "pretrained",
     **keys: Any,
@@ -45,7 +46,7 @@ def on_actors(
         return function(Actor(section, model_section, shape, grid, temperature=temperature, seed=1))
 
     with TemporaryDirectory(prefix="actors-") as folder:
-        return run_ranks(on_rank, tp * pp, f"{folder}/rendezvous", joined=False)
+        return run_ranks(on_rank, tp * pp * dp, f"{folder}/rendezvous", joined=False)
 
 
 def random_sequences(lengths: list[int], vocab_size: int, seed: int = 3) -> list[AlignedSequence]:

@@ -26,6 +26,7 @@ def grid_of(*, tp_rank: int = 0, tp_size: int = 1, dp_rank: int = 0, dp_size: in
         tp=Axis(tp_rank, tp_size, NO_GROUP),
         pp=Axis(0, 1, NO_GROUP),
         dp=Axis(dp_rank, dp_size, NO_GROUP),
+        ep=Axis(0, 1, NO_GROUP),
         host_group=NO_GROUP,
         patience_s=1.0,
     )
