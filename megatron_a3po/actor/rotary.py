@@ -14,7 +14,7 @@ from megatron_a3po.config.model_shape import Rope
 
 
 class Rotary(torch.nn.Module):
-    """The angles by which queries and keys are turned. No parameters: frequencies stay fp32 in a model of half precision."""
+    """The angles by which queries and keys are turned; frequencies stay fp32 in a model of half precision."""
 
     def __init__(self, ropes: list[Rope], head_dim: int, max_positions: int) -> None:
         super().__init__()

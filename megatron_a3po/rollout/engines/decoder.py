@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_a3po.rollout.engines.attention_masks import AttentionMasks
 from megatron_a3po.rollout.engines.base import Sample, SampleRequest
 from megatron_a3po.rollout.engines.random_numbers import sample_uniforms
 from megatron_a3po.rollout.engines.row_cache import RowCache
@@ -42,6 +43,7 @@ class Decoder:
         self.eos_token_ids = np.array(sorted(eos_token_ids), dtype=np.int32)
         self.num_active = 0
         self._queue: deque[tuple[SampleRequest, Hashable]] = deque()
+        self._masks = AttentionMasks(model.config)
         self._cache = RowCache(max_rows)
         self._requests: list[tuple[SampleRequest, Hashable] | None] = [None] * max_rows
         self._length = np.zeros(max_rows, dtype=np.int64)
@@ -140,12 +142,12 @@ class Decoder:
         input_ids = torch.from_numpy(self._tokens[rows, :width].astype(np.int64)).to(self.device)
         positions = torch.arange(width, device=self.device)
         # Padding is on the right, where causal attention of the real tokens never looks.
-        mask = (positions[None, :] <= positions[:, None])[None, None]
+        before = (positions[:, None] - positions)[None, None]
         self._cache.begin_prefill(torch.from_numpy(rows).to(self.device), width)
         self.model.base_model(
             input_ids=input_ids,
             position_ids=positions[None],
-            attention_mask=mask,
+            attention_mask=self._masks(before),
             past_key_values=self._cache,
             use_cache=False,
         )
@@ -157,14 +159,12 @@ class Decoder:
         width = int(last.max()) + 1
         input_ids = torch.from_numpy(self._tokens[np.arange(n), last].astype(np.int64)).to(self.device)
         positions = torch.from_numpy(last).to(self.device)
-        visible = torch.arange(width, device=self.device) <= positions[:, None]
-        mask = torch.zeros((n, 1, 1, width), dtype=self.model.dtype, device=self.device)
-        mask.masked_fill_(~visible[:, None, None], float("-inf"))
+        before = (positions[:, None] - torch.arange(width, device=self.device))[:, None, None]
         self._cache.begin_decode(positions, width)
         output = self.model(
             input_ids=input_ids[:, None],
             position_ids=positions[:, None],
-            attention_mask=mask,
+            attention_mask=self._masks(before),
             past_key_values=self._cache,
             use_cache=False,
         )

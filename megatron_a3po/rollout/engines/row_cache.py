@@ -12,7 +12,10 @@ COLUMN_STEP = 64
 
 
 class RowCache:
-    """Per layer, keys and values of shape [rows, key-value heads, columns, head_dim], allocated at the first pass."""
+    """Per layer, keys and values of shape [rows, key-value heads, columns, head_dim], allocated at the first pass.
+
+    A layer that sees only a window keeps all columns too: the mask hides what is behind it.
+    """
 
     def __init__(self, max_rows: int) -> None:
         self.max_rows = max_rows
@@ -38,10 +41,10 @@ class RowCache:
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
         if layer == len(self._keys):
-            shape = (self.max_rows, keys.shape[1], self.num_columns, keys.shape[3])
-            # Zeros, not empty: a masked column still meets a weight of exactly 0, and 0 * NaN is NaN.
-            self._keys.append(keys.new_zeros(shape))
-            self._values.append(values.new_zeros(shape))
+            for tensors, new in ((self._keys, keys), (self._values, values)):
+                shape = (self.max_rows, new.shape[1], self.num_columns, new.shape[3])
+                # Zeros, not empty: a masked column still meets a weight of exactly 0, and 0 * NaN is NaN.
+                tensors.append(new.new_zeros(shape))
         all_keys, all_values = self._keys[layer], self._values[layer]
         if self._positions is None:
             all_keys[self._rows, :, : self._width] = keys
