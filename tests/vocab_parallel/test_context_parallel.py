@@ -5,6 +5,7 @@ order: first and last quarter, the two in the middle. What the context ranks fin
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def part_of_context_rank(problem: Problem, cp_rank: int) -> tuple[Problem, Tenso
 
 
 def on_each_rank(rank: int, world_size: int, sequence_parallel: bool) -> dict[str, Answer]:
-    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    groups: list[Any] = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     cp_rank = rank // 2
     return {
         name: layer_answer(
