@@ -34,12 +34,25 @@ def rows(
         raise InputError(f"{file} is not readable as text: {error}.") from None
 
 
-def count_rows(path: str | Path, *, with_response: bool = False, with_number: bool = False) -> int:
-    """How many rows a data file has; InputError if one is bad or there is none."""
-    count = sum(1 for _ in rows(path, with_response=with_response, with_number=with_number))
-    if not count:
+def check_rows(
+    path: str | Path, *, with_response: bool = False, with_number: bool = False, with_chats: bool = True
+) -> None:
+    """InputError if a row of a data file is bad or there is none; without `with_chats`, a chat is bad too."""
+    is_empty = True
+    for number, row in rows(path, with_response=with_response, with_number=with_number):
+        is_empty = False
+        if prompt_key(row) == "messages" and not with_chats:
+            raise InputError(
+                f"{path}:{number} has messages, but the tokenizer has no chat template to write them with: bring its "
+                "chat_template.jinja, or give the text in `prompt`."
+            )
+    if is_empty:
         raise InputError(f"{path} is empty: give a JSONL file with one example on each line.")
-    return count
+
+
+def prompt_key(row: dict[str, Any]) -> str:
+    """Which of PROMPT_KEYS holds the row's prompt."""
+    return next(key for key in PROMPT_KEYS if key in row)
 
 
 def final_answer(row: dict[str, Any]) -> str:

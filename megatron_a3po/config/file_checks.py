@@ -4,21 +4,21 @@ Only json is used, no torch and no transformers.
 """
 
 import importlib.util
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_a3po.config.config import Config
-from megatron_a3po.config.data_file import count_rows
+from megatron_a3po.config.data_file import check_rows
 from megatron_a3po.config.model_families import read_model_shape
 from megatron_a3po.config.model_shape import ModelShape
 from megatron_a3po.config.problem import Problem, shown
 from megatron_a3po.config.reward import ExactNumberReward, FunctionReward
 from megatron_a3po.config.reward_module import why_not_found
+from megatron_a3po.config.tokenizer_files import has_chat_template, tokenizer_problems
+from megatron_a3po.config.weight_files import weight_problems
 from megatron_a3po.errors import InputError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 BATCH_FILE = re.compile(r"step-(\d{6,})\.npz")
 
 
@@ -40,32 +40,12 @@ def _model(config: Config) -> Iterator[Problem]:
         return
     yield from _layout(config, shape)
     folder = Path(config.model.hf_path)
-    if config.model.initialization == "pretrained" and not any(folder.glob("*.safetensors")):
-        yield Problem(
-            (*key, "model.initialization"),
-            f"model.hf_path: {folder} has no *.safetensors to start from: give a folder with weights, or "
-            "set model.initialization=random.",
-        )
-    reads_text = config.needs_rollouts or config.warm_start is not None
-    if reads_text and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        yield Problem(
-            key,
-            f"model.hf_path: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the tokenizer's "
-            "files there.",
-        )
-    if reads_text:
-        for sentence in damaged_tokenizer(folder):
+    if config.model.initialization == "pretrained":
+        for sentence in weight_problems(folder, shape):
+            yield Problem((*key, "model.initialization"), f"model.hf_path: {sentence}")
+    if config.needs_rollouts or config.warm_start is not None:
+        for sentence in tokenizer_problems(folder, shape.vocab_size):
             yield Problem(key, f"model.hf_path: {sentence}")
-
-
-def damaged_tokenizer(folder: Path) -> Iterator[str]:
-    """One sentence for each of the tokenizer's files in `folder` that is no JSON although it is called so."""
-    for file in (folder / name for name in TOKENIZER_FILES if name.endswith(".json")):
-        try:
-            if file.is_file():
-                json.loads(file.read_bytes())
-        except (OSError, ValueError) as error:
-            yield f"{file} is not readable as JSON ({error}): copy the tokenizer's files there anew."
 
 
 def _layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
@@ -118,11 +98,12 @@ def _data(config: Config) -> Iterator[Problem]:
         else:
             files = [file for file in files if file[0] != "data.train"]
             files.append(("data.train", config.data.train, True))
+    with_chats = has_chat_template(Path(config.model.hf_path))
     for key, path, with_response in files:
         try:
             scored = config.needs_rollouts and key != "warm_start.data"
             with_number = scored and isinstance(config.reward, ExactNumberReward)
-            count_rows(path, with_response=with_response, with_number=with_number)
+            check_rows(path, with_response=with_response, with_number=with_number, with_chats=with_chats)
         except InputError as error:
             yield Problem((key,), f"{key}: {error}")
 

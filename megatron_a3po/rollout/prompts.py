@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from jinja2 import TemplateError
 
-from megatron_a3po.config.data_file import PROMPT_KEYS, final_answer, rows
+from megatron_a3po.config.data_file import final_answer, prompt_key, rows
 from megatron_a3po.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def read_examples(path: str | Path, *, with_response: bool = False) -> list[Exam
     """All rows of a data file; InputError names file and line of the first bad one."""
     examples = []
     for number, row in rows(path, with_response=with_response):
-        prompt = next(row[key] for key in PROMPT_KEYS if key in row)
+        prompt = row[prompt_key(row)]
         examples.append(
             Example(
                 prompt if isinstance(prompt, str) else tuple(prompt),
@@ -117,6 +118,11 @@ def _text_and_tokens(example: Example, tokenizer: Any) -> tuple[str, list[int]]:
         raise InputError(
             f"{example.source} has messages, but the tokenizer has no chat template: use `prompt`."
         )
-    text = tokenizer.apply_chat_template(list(example.prompt), tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(list(example.prompt), tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError) as error:  # some templates refuse a role, or two in a row
+        raise InputError(
+            f"{example.source} has messages that the tokenizer's chat template does not take ({error}): mend the row."
+        ) from None
     # The template has written the special tokens already.
     return text, list(tokenizer.encode(text, add_special_tokens=False))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from megatron_a3po.config import Config, read_model_shape
 from megatron_a3po.rollout.buffer import Buffer
@@ -27,6 +26,7 @@ from megatron_a3po.rollout.rewards.scorer import Scorer
 from megatron_a3po.rollout.sampler import GroupSampler, trajectory_of
 from megatron_a3po.rollout.staleness_gate import StalenessGate
 from megatron_a3po.rollout.statistics import RolloutCounters
+from megatron_a3po.rollout.tokenizer import load_tokenizer
 from megatron_a3po.rollout.trajectory import Evaluation, Group, RolloutBatch, Trajectory
 from megatron_a3po.rollout.waves import WaveProducer
 
@@ -39,7 +39,7 @@ class RolloutService:
     def __init__(self, start: Start) -> None:
         config, rollout = start.config, start.config.rollout
         self._config = config
-        self._tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path, local_files_only=True)
+        self._tokenizer = load_tokenizer(config.model.hf_path)
         self._prompts = PromptStream(self._read_prompts(config.data.train), config.trainer.seed)
         self._held_out = [] if config.data.held_out is None else self._read_prompts(config.data.held_out)
         self._engine = create_engine(config, start.weights_dir, start.first_version)

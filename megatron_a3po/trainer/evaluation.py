@@ -5,17 +5,16 @@ What a run measures while it trains is the same function on the same engine, see
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from megatron_a3po.config import Config
-from megatron_a3po.config.file_checks import TOKENIZER_FILES
+from megatron_a3po.config.tokenizer_files import has_tokenizer
 from megatron_a3po.rollout.evaluation import evaluate
 from megatron_a3po.rollout.prompts import read_examples, tokenize
 from megatron_a3po.rollout.rewards.scorer import Scorer
 from megatron_a3po.rollout.service import create_engine
+from megatron_a3po.rollout.tokenizer import load_tokenizer
 from megatron_a3po.rollout.trajectory import Evaluation
 
 
@@ -28,7 +27,8 @@ def evaluate_checkpoint(config: Config, checkpoint: Path) -> Evaluation:
 async def _evaluate(config: Config, checkpoint: Path) -> Evaluation:
     assert config.data.held_out is not None
     assert config.reward is not None
-    tokenizer = _tokenizer(checkpoint, Path(config.model.hf_path))
+    # The checkpoint's own, or the one of the model it was trained from.
+    tokenizer = load_tokenizer(checkpoint if has_tokenizer(checkpoint) else config.model.hf_path)
     prompts = tokenize(read_examples(config.data.held_out), tokenizer, config.data.max_prompt_tokens)
     # The checkpoint says itself which tokens end a response.
     model = config.model.model_copy(update={"hf_path": str(checkpoint)})
@@ -47,9 +47,3 @@ async def _evaluate(config: Config, checkpoint: Path) -> Evaluation:
     finally:
         await engine.close()
         await scorer.close()
-
-
-def _tokenizer(checkpoint: Path, base: Path) -> Any:
-    """The checkpoint's own, or the one of the model it was trained from."""
-    has_own = any((checkpoint / name).is_file() for name in TOKENIZER_FILES)
-    return AutoTokenizer.from_pretrained(checkpoint if has_own else base, local_files_only=True)

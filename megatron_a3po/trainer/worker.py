@@ -21,6 +21,7 @@ from megatron_a3po.errors import EXIT_DONE, EXIT_STOPPED, A3POError
 from megatron_a3po.logs import StepFilter, set_up_logs
 from megatron_a3po.rollout.client import RolloutClient
 from megatron_a3po.rollout.prompts import read_examples, tokenize
+from megatron_a3po.rollout.tokenizer import load_tokenizer
 from megatron_a3po.trainer import loop, recovery
 from megatron_a3po.trainer.journal import Journal
 from megatron_a3po.trainer.loop import Progress, Run, published_weights
@@ -97,7 +98,7 @@ def _session(
     config: Config, grid: Grid, beginning: Beginning, stop: StopWish, step_filter: StepFilter
 ) -> int:
     shape = read_model_shape(config.model.hf_path)
-    tokenizer = _tokenizer(config.model.hf_path)
+    tokenizer = load_tokenizer(config.model.hf_path)
     attempt = beginning.attempt
     with ExitStack() as stack:
         from_main(grid, lambda: recovery.claim(config, attempt, stack))
@@ -196,9 +197,3 @@ def _schedule(config: Config) -> Schedule:
         lr_decay_style=actor.lr_decay_style,
         lr_decay_iters=actor.lr_decay_iters or config.optimizer_steps,
     )
-
-
-def _tokenizer(hf_path: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(hf_path, local_files_only=True)

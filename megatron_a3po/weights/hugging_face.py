@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_a3po.config.tokenizer_files import TOKENIZER_FILES
 from megatron_a3po.errors import OutputError
 from megatron_a3po.weights.aside import aside_of, close_aside, drop_aside, noting, open_aside
 from megatron_a3po.weights.families import Table
@@ -28,16 +29,6 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 # What makes a directory loadable besides its weights.
 CONFIGURATION_FILES = ("config.json", "generation_config.json")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def announce(

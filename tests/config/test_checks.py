@@ -78,6 +78,7 @@ def test_all_kinds_of_prompts(load, run_file: Path):
         {"messages": [{"role": "user", "content": "a"}], "answer": "3", "anything": [1]},
     ]
     write_rows(run_file.parent / "train.jsonl", [*rows, *ROWS])
+    (run_file.parent / "model" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     load()
 
 

@@ -193,8 +193,10 @@ class LocalEngine:
 
 def load_model(directory: Path, dtype: torch.dtype, device: str | None = None) -> Any:
     """The model of a Hugging Face directory, strictly: no weight missing, none left over."""
-    options = {"dtype": dtype, "attn_implementation": "sdpa", "local_files_only": True}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
+    # Weights are never unpickled, and code that lies beside them is never run.
+    safe = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, **options, **safe)
     model, report = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report.get(problem, ()))):

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_a3po.config import Config, load_config, read_model_shape
-from megatron_a3po.config.data_file import count_rows
-from megatron_a3po.config.file_checks import TOKENIZER_FILES, damaged_tokenizer
+from megatron_a3po.config.data_file import check_rows
 from megatron_a3po.config.reward import ExactNumberReward
+from megatron_a3po.config.tokenizer_files import has_chat_template, has_tokenizer, tokenizer_problems
+from megatron_a3po.config.weight_files import weight_problems
 from megatron_a3po.errors import EXIT_DONE, InputError
 
 EXPORT = "export"
@@ -58,22 +59,21 @@ def _missing_keys(config: Config) -> Iterator[str]:
 
 
 def _bad_files(config: Config, checkpoint: Path) -> Iterator[str]:
+    folder = checkpoint if has_tokenizer(checkpoint) else Path(config.model.hf_path)
     try:
-        read_model_shape(checkpoint)
+        shape = read_model_shape(checkpoint)
     except InputError as error:
         yield from error.problems
     else:
-        if not any(checkpoint.glob("*.safetensors")):
-            yield f"{checkpoint} has no *.safetensors: give the folder of a Hugging Face checkpoint."
-        folders = (checkpoint, Path(config.model.hf_path))
-        having = (folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES))
-        if (folder := next(having, None)) is not None:
-            yield from damaged_tokenizer(folder)
+        yield from weight_problems(checkpoint, shape)
+        if has_tokenizer(folder):
+            yield from tokenizer_problems(folder, shape.vocab_size)
         else:
-            base = f"model.hf_path={config.model.hf_path}"
+            base = f"model.hf_path={folder}"
             yield f"{checkpoint} has no tokenizer, and {base} has none either: copy the tokenizer's files there."
     if config.data.held_out is not None:
         try:
-            count_rows(config.data.held_out, with_number=isinstance(config.reward, ExactNumberReward))
+            with_number = isinstance(config.reward, ExactNumberReward)
+            check_rows(config.data.held_out, with_number=with_number, with_chats=has_chat_template(folder))
         except InputError as error:
             yield f"data.held_out: {error}"
