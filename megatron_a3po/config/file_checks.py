@@ -69,6 +69,12 @@ def _layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
                 f"actor.tensor_model_parallel_size is {tensor_size}, but must divide the model's {number} "
                 f"{what}: take a divisor.",
             )
+    if actor.transformer_impl == "transformer_engine" and shape.sandwich_norms:
+        yield Problem(
+            ("actor.transformer_impl", "model.hf_path"),
+            'actor.transformer_impl is "transformer_engine", but the norms of '
+            f"{shape.model_type} behind attention and MLP are not covered there: take local, or leave the key out.",
+        )
     chunks = actor.virtual_pipeline_model_parallel_size or 1
     if shape.num_layers % (stages * chunks):
         keys = ("actor.pipeline_model_parallel_size", "actor.virtual_pipeline_model_parallel_size")

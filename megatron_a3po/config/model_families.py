@@ -49,7 +49,7 @@ def _llama(values: Values) -> Values:
 
 
 def _mistral(values: Values) -> Values:
-    return {"windows": _same_window(values, values.get("sliding_window"))}
+    return {"windows": _same_window(values, values.get("sliding_window", 4096))}
 
 
 def _qwen2(values: Values) -> Values:
@@ -57,7 +57,7 @@ def _qwen2(values: Values) -> Values:
 
 
 def _qwen3(values: Values) -> Values:
-    return {"qk_norm": True, "windows": _qwen_windows(values)}
+    return {"head_dim": values.get("head_dim") or 128, "qk_norm": True, "windows": _qwen_windows(values)}
 
 
 def _qwen3_moe(values: Values) -> Values:
@@ -184,7 +184,7 @@ def _same_window(values: Values, window: int | None) -> tuple[int | None, ...]:
 
 
 def _qwen_windows(values: Values) -> tuple[int | None, ...]:
-    window = values.get("sliding_window") if values.get("use_sliding_window") else None
+    window = values.get("sliding_window", 4096) if values.get("use_sliding_window") else None
     if window is None:
         return ()
     first = values.get("max_window_layers", 28)
@@ -221,6 +221,13 @@ def _unsupported(values: Values) -> Iterator[str]:
                 "use_bidirectional_attention", "quantization_config"):  # fmt: skip
         if values.get(key):
             yield f"{key} is {shown(values[key])}, which is not supported: take a model without it."
+    if model_type == "mistral" and values.get("layer_types"):
+        yield 'layer_types is given, but the family "mistral" has one kind of layer: take the key out.'
+    kinds, known = values.get("layer_types") or [], ("full_attention", "sliding_attention")
+    for kind in sorted(set(kinds).difference(known)):
+        yield f"layer_types has {shown(kind)}, but only these are supported: {', '.join(known)}."
+    if kinds and len(kinds) != values.get("num_hidden_layers"):
+        yield f"layer_types has {len(kinds)} entries, but num_hidden_layers is {values.get('num_hidden_layers')}."
     if values.get("rope_interleave") is False:
         yield "rope_interleave is false, but only interleaved rotary dimensions are supported for this family."
     yield from _unsupported_rope(values)
@@ -238,6 +245,9 @@ def _unsupported_rope(values: Values) -> Iterator[str]:
         for key in ROPE_KEYS[kind]:
             if rope.get(key) is None:
                 yield f"the RoPE type is {shown(kind)}, but its {key} is missing."
+    for where in (values, given, *nested):
+        if where.get("partial_rotary_factor", 1.0) != 1.0:
+            yield f"partial_rotary_factor is {shown(where['partial_rotary_factor'])}, but only 1.0 is supported."
 
 
 def _read_json(file: Path) -> Values:

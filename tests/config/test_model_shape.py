@@ -1,13 +1,16 @@
 """The shape of a model, read from what transformers writes and wrote."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_a3po.config import ModelShape, read_model_shape
+from megatron_a3po.config import Config, ModelShape, read_model_shape
 from megatron_a3po.config.model_shape import Rope
-from megatron_a3po.errors import InputError
+from megatron_a3po.errors import ConfigError, InputError
 from tests.run_files import write_model
 
 
@@ -51,16 +54,170 @@ def test_every_token_that_ends_a_response(tmp_path: Path):
     assert read_model_shape(write_model(tmp_path, eos_token_id=None)).eos_token_ids == ()
 
 
-def test_as_transformers_writes_it(tmp_path: Path):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen2Config(
-        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, vocab_size=99
-    )
-    config.save_pretrained(tmp_path)
+# What the families' first models have in their config.json, as their authors wrote it, and what is special in it.
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 8}
+AS_PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "Llama 2": (
+        {"model_type": "llama", "num_key_value_heads": 4, "rope_scaling": None, "rms_norm_eps": 1e-5},
+        {"rope": Rope(1e4), "norm_eps": 1e-5, "num_query_groups": 4},
+    ),
+    "Llama 3.1": (
+        {
+            "model_type": "llama",
+            "num_key_value_heads": 2,
+            "rope_scaling": {**LLAMA3, "rope_type": "llama3"},
+            "rope_theta": 500000.0,
+            "eos_token_id": [8, 9],
+        },
+        {"rope": Rope(5e5, "llama3", LLAMA3), "eos_token_ids": (8, 9)},
+    ),
+    "Llama, long": (
+        {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope": Rope(1e4, "linear", {"factor": 4.0})},
+    ),
+    "Mistral 0.1": (
+        {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 4096, "rope_theta": 10000.0},
+        {"windows": (4096,) * 8},
+    ),
+    "Mistral 0.3": (
+        {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None, "rope_theta": 1e6},
+        {"windows": (), "rope": Rope(1e6)},
+    ),
+    "Mistral without a word on windows": (
+        {"model_type": "mistral", "num_key_value_heads": 2},
+        {"windows": (4096,) * 8},
+    ),
+    "Qwen2.5": (
+        {
+            "model_type": "qwen2",
+            "num_key_value_heads": 2,
+            "use_sliding_window": False,
+            "sliding_window": 131072,
+            "max_window_layers": 4,
+        },
+        {"windows": (), "add_qkv_bias": True},
+    ),
+    "Qwen2 with a window": (
+        {
+            "model_type": "qwen2",
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": 32,
+            "max_window_layers": 6,
+        },
+        {"windows": (None,) * 6 + (32,) * 2},
+    ),
+    "Qwen3": (
+        {
+            "model_type": "qwen3",
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "use_sliding_window": False,
+            "rope_theta": 1000000,
+            "tie_word_embeddings": True,
+        },
+        {"head_dim": 128, "qk_norm": True, "windows": (), "tie_word_embeddings": True, "rope": Rope(1e6)},
+    ),
+    "Gemma 3 1B": (
+        {
+            "model_type": "gemma3_text",
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 256,
+            "rope_local_base_freq": 10000,
+            "rope_theta": 1000000,
+            "rope_scaling": None,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+        {
+            "windows": (512,) * 5 + (None,) + (512,) * 2,
+            "rope": Rope(1e6),
+            "local_rope": Rope(1e4),
+            "softmax_scale": 1 / 16,
+            "embedding_scale": 8.0,
+            "activation": "gelu_tanh",
+            "qk_norm": True,
+            "sandwich_norms": True,
+            "zero_centered_norms": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Gemma 3 4B": (
+        {
+            "model_type": "gemma3_text",
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            "rope_local_base_freq": 10000.0,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "rope_theta": 1000000.0,
+            "sliding_window": 1024,
+            "sliding_window_pattern": 3,
+        },
+        {
+            "windows": (1024, 1024, None, 1024, 1024, None, 1024, 1024),
+            "rope": Rope(1e6, "linear", {"factor": 8.0}),
+            "local_rope": Rope(1e4),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("model", AS_PUBLISHED)
+def test_as_published_and_as_transformers_writes_it_again(tmp_path: Path, model: str):
+    written, special = AS_PUBLISHED[model]
+    values = {**SMALL, "vocab_size": 99, "max_position_embeddings": 256, **written}
+    (tmp_path / "config.json").write_text(json.dumps(values))
     shape = read_model_shape(tmp_path)
-    assert (shape.vocab_size, shape.head_dim, shape.num_layers) == (99, 16, config.num_hidden_layers)
-    assert shape.rope.theta == config.rope_parameters["rope_theta"]
-    assert shape.norm_eps == config.rms_norm_eps
+    assert {name: getattr(shape, name) for name in special} == special
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.from_pretrained(tmp_path, local_files_only=True)
+    config.save_pretrained(tmp_path / "again")
+    again = read_model_shape(tmp_path / "again")
+    # A config.json that names no end of a response gets its family's from transformers, not from here.
+    assert replace(again, eos_token_ids=shape.eos_token_ids) == shape
+    assert not shape.eos_token_ids or again.eos_token_ids == shape.eos_token_ids
+    assert (again.norm_eps, again.initializer_range) == (config.rms_norm_eps, config.initializer_range)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+            'the RoPE type is "yarn"',
+        ),
+        ({"rope_parameters": {**LLAMA3, "rope_type": "llama3", "factor": None}}, "but its factor is missing"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, but only 1.0"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types has 3 entries, but num_hidden_layers is 4"),
+        ({"layer_types": ["chunked_attention"] * 4}, 'layer_types has "chunked_attention"'),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 4}, "one kind of layer"),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"model_type": "gemma3_text", "hidden_act": "silu"}, "only gelu_pytorch_tanh is supported"),
+        (
+            {"model_type": "gemma3_text", "hidden_act": None, "final_logit_softcapping": 30.0},
+            "softcapping is 30.0",
+        ),
+        ({"model_type": "gemma3"}, "only these are supported: deepseek_v3, gemma3_text, llama,"),
+    ],
+    ids=str,
+)
+def test_what_a_family_does_not_express_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], sentence: str
+):
+    with pytest.raises(InputError) as caught:
+        read_model_shape(write_model(tmp_path, **changes))
+    (problem,) = caught.value.problems
+    assert sentence in problem
 
 
 def test_refusal_names_the_file_and_everything_wrong(tmp_path: Path):
@@ -69,6 +226,14 @@ def test_refusal_names_the_file_and_everything_wrong(tmp_path: Path):
         read_model_shape(tmp_path)
     assert len(caught.value.problems) == 3
     assert all(problem.startswith(f"{tmp_path}/config.json: ") for problem in caught.value.problems)
+
+
+def test_gemma_under_transformer_engine_is_refused(load: Callable[..., Config], run_file: Path):
+    write_model(run_file.parent / "model", model_type="gemma3_text", hidden_act=None)
+    assert load().actor.transformer_impl == "auto"
+    with pytest.raises(ConfigError) as caught:
+        load("actor.transformer_impl=transformer_engine")
+    assert any("norms of gemma3_text behind attention" in problem for problem in caught.value.problems)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", None])
