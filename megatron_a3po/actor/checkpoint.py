@@ -7,6 +7,7 @@ remember lies beside it and is the trainer's business (`trainer/recovery.py`).
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ from megatron_a3po.actor.actor import Actor
 from megatron_a3po.actor.model import unwrap
 from megatron_a3po.actor.optimizer import Optimizer
 from megatron_a3po.lifetime import be_a_servant
+from megatron_a3po.weights.megatron_checkpoint import CONTENT_METADATA, describe
 from megatron_a3po.weights.unpickling import refuse_code
 
 # Given to model and optimizer alike. Source: megatron.training.checkpointing._build_sharded_state_dict_metadata.
 _METADATA = {
+    **CONTENT_METADATA,
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
 }
 
 
@@ -36,7 +38,11 @@ def save(actor: Actor, directory: Path) -> None:
     for optimizer in _optimizer(actor).distributed_optimizers:
         _ensure_moments(optimizer)
     with _writer_results_from_a_fork():
-        dist_checkpointing.save(_sharded_state(actor, is_loading=False), str(directory))
+        dist_checkpointing.save(
+            _sharded_state(actor, is_loading=False), str(directory), content_metadata=dict(_METADATA)
+        )
+    if actor.grid.is_main:
+        describe(directory, actor.hf_path, _layout(actor))
 
 
 def load(actor: Actor, directory: Path) -> None:
@@ -58,18 +64,44 @@ def load(actor: Actor, directory: Path) -> None:
     _optimizer(actor).scheduler.load_state_dict(state["scheduler"])
 
 
+def load_weights(actor: Actor, directory: Path) -> None:
+    """The model's weights alone, of a checkpoint that may have nothing else. Collective over all ranks."""
+    refuse_code(directory)
+    state: Any = dist_checkpointing.load(_sharded_models(actor), str(directory))
+    for number, chunk in enumerate(actor.model):
+        unwrap(chunk).load_state_dict(state[_model_key(actor, number)])
+
+
 def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
     optimizer = _optimizer(actor)
-    state: dict[str, Any] = {
-        _model_key(actor, number): unwrap(chunk).sharded_state_dict(metadata=dict(_METADATA))
-        for number, chunk in enumerate(actor.model)
-    }
+    state = _sharded_models(actor)
     with _buckets_counted_with_padding(optimizer):
         state["optimizer"] = optimizer.megatron.sharded_state_dict(
             state, is_loading=is_loading, metadata=dict(_METADATA)
         )
     state["scheduler"] = optimizer.scheduler.state_dict()
     return state
+
+
+def _sharded_models(actor: Actor) -> dict[str, Any]:
+    return {
+        _model_key(actor, number): unwrap(chunk).sharded_state_dict(metadata=dict(_METADATA))
+        for number, chunk in enumerate(actor.model)
+    }
+
+
+def _layout(actor: Actor) -> dict[str, Any]:
+    keys = (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+    )
+    found = {key: getattr(actor.config, key, None) for key in keys}
+    return {key: value for key, value in found.items() if value} | {
+        "data_parallel_size": actor.grid.dp.size,
+        "megatron_core": version("megatron-core"),
+    }
 
 
 def _optimizer(actor: Actor) -> Optimizer:

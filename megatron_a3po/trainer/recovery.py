@@ -28,7 +28,7 @@ from megatron_a3po.config.difference import differing_keys
 from megatron_a3po.errors import ConfigError, InputError
 from megatron_a3po.weights.manifest import damage, write_manifest
 
-FORMAT = 1
+FORMAT = 2  # 2: layers by number
 PREFIX = "step-"
 
 

@@ -3,10 +3,12 @@
 A writer that is killed leaves `<name>.tmp`, which the next one to write there removes.
 """
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 from megatron_a3po.errors import OutputError
 
@@ -62,10 +64,42 @@ def written_aside(directory: Path) -> Iterator[Path]:
         drop_aside(directory)
 
 
-@contextmanager
-def named(path: Path) -> Iterator[None]:
-    """A failed write does not say by itself which file it was."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+class WrittenFile:
+    """A file that is only appended to; a failed write names it, and its checksum needs no second reading."""
+
+    def __init__(self, path: Path, *, with_checksum: bool) -> None:
+        self.path, self._sha256 = path, hashlib.sha256() if with_checksum else None
+        self._file = path.open("wb")
+
+    def write(self, data: bytes | memoryview) -> int:
+        with self._named():
+            self._file.write(data)
+        if self._sha256:
+            self._sha256.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        with self._named():
+            self._file.flush()
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    @property
+    def checksum(self) -> str | None:
+        """Of what has been written, where asked for."""
+        return self._sha256.hexdigest() if self._sha256 else None
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._named():
+            self._file.close()

@@ -5,19 +5,17 @@ to spare. The format lets us do without: the length of a header, the header (JSO
 bytes of the tensors one after another. Names, dtypes and shapes are known before the first tensor is gathered.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from megatron_a3po.weights.aside import named
+from megatron_a3po.weights.aside import WrittenFile
 
 _DTYPES = {
     torch.float64: "F64",
@@ -49,11 +47,9 @@ class SafetensorsFile:
     """A context in which the announced tensors are appended, in their order. Errors: OSError names the file."""
 
     def __init__(self, path: Path, announced: Sequence[Announced], *, with_checksum: bool) -> None:
-        self._path, self._announced = path, list(announced)
-        self._num_written = 0
-        self._sha256 = hashlib.sha256() if with_checksum else None
-        self._file = path.open("wb")
-        self._write(_header(announced))
+        self._announced, self._num_written = list(announced), 0
+        self._file = WrittenFile(path, with_checksum=with_checksum)
+        self._file.write(_header(announced))
 
     def append(self, name: str, tensor: Tensor) -> None:
         """The next tensor; from any device, freed by the caller."""
@@ -62,7 +58,7 @@ class SafetensorsFile:
             f"{name} {tuple(tensor.shape)} {tensor.dtype} came where {wanted} was announced"
         )
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._write(raw.numpy().data)
+        self._file.write(raw.numpy().data)
         self._num_written += 1
 
     @property
@@ -71,23 +67,14 @@ class SafetensorsFile:
 
     @property
     def checksum(self) -> str | None:
-        """Of what has been written."""
-        return self._sha256.hexdigest() if self._sha256 else None
-
-    def _write(self, data: bytes | memoryview) -> None:
-        with named(self._path):
-            self._file.write(data)
-        if self._sha256:
-            self._sha256.update(data)
+        """Of what has been written, where asked for."""
+        return self._file.checksum
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with named(self._path):
-            self._file.close()
+    def __exit__(self, *error: object) -> None:
+        self._file.__exit__(*error)
 
 
 def split_by_size(announced: Iterable[Announced], max_bytes: int) -> list[list[Announced]]:

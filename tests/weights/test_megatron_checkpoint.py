@@ -1,0 +1,173 @@
+"""Distributed checkpoints of the weights: a real actor loads what is written without one, and the other way round."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_a3po.actor import checkpoint
+from megatron_a3po.actor.actor import Actor
+from megatron_a3po.actor.optimizer import Schedule
+from megatron_a3po.config import read_model_shape
+from megatron_a3po.errors import InputError
+from megatron_a3po.vocab_parallel.policy_objective import supervised_objective
+from megatron_a3po.weights.families import table_of
+from megatron_a3po.weights.manifest import damage
+from megatron_a3po.weights.megatron_checkpoint import Ranks, write_megatron_checkpoint
+from megatron_a3po.weights.megatron_reader import MegatronReader
+from megatron_a3po.weights.sources import SafetensorsSource
+from tests.actor.ranks import on_actors, random_sequences
+from tests.actor.replay import VOCAB_SIZE
+
+# Megatron-Core 0.19's own call of torch.
+pytestmark = pytest.mark.filterwarnings("ignore:The argument order of load has been changed:UserWarning")
+
+LAYOUTS: dict[str, Any] = {
+    "one rank": {},
+    "tp 2 pp 2": {"tp": 2, "pp": 2},
+    "pp 2 interleaved": {"pp": 2, "virtual_pipeline_model_parallel_size": 2},
+}
+
+
+def converted(model: Path, directory: Path, ranks: Ranks, **keys: Any) -> Path:
+    shape = read_model_shape(model)
+    tp_size = ranks.tensor_model_parallel_size
+    write_megatron_checkpoint(
+        SafetensorsSource(model),
+        table_of(shape),
+        directory,
+        template=model,
+        ranks=ranks,
+        padded_vocab_size=-(-shape.vocab_size // (4 * tp_size)) * 4 * tp_size,
+        **keys,
+    )
+    return directory
+
+
+def tensors_of(model: Path) -> dict[str, torch.Tensor]:
+    return {name: one for file in model.glob("*.safetensors") for name, one in load_file(file).items()}
+
+
+def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    assert found.keys() == expected.keys()
+    return [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("embedding", ["model", "tied_model"])
+def test_an_actor_loads_what_was_written_without_one(
+    request: pytest.FixtureRequest, tmp_path: Path, embedding: str, layout: str
+):
+    model: Path = request.getfixturevalue(embedding)
+    written = converted(model, tmp_path / "megatron", Ranks(2, 2))
+
+    def load(actor: Actor) -> None:
+        checkpoint.load_weights(actor, written)
+        actor.write_hugging_face(tmp_path / "export")
+
+    on_actors(load, model, initialization="random", **LAYOUTS[layout])
+    assert differing(tensors_of(tmp_path / "export"), tensors_of(model)) == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("embedding", ["model", "tied_model"])
+def test_what_an_actor_in_training_saves_is_read_without_one(
+    request: pytest.FixtureRequest, tmp_path: Path, embedding: str, layout: str
+):
+    model: Path = request.getfixturevalue(embedding)
+
+    def save(actor: Actor) -> None:
+        actor.start_stage(Schedule(1e-3, 0.0, 0, "constant", 10))
+        actor.update(actor.pack(random_sequences([9, 5, 7], VOCAB_SIZE)), supervised_objective)
+        checkpoint.save(actor, saved)
+        actor.write_hugging_face(tmp_path / "export")
+
+    saved = tmp_path / "step-3" / "actor"
+    saved.mkdir(parents=True)
+    on_actors(save, model, **LAYOUTS[layout])
+    reader = MegatronReader(tmp_path / "step-3")
+    assert reader.optimizer_tensors
+    found = dict(reader.hugging_face_tensors())
+    assert [(one.name, one.shape) for one in reader.announced()] == [
+        (name, tuple(tensor.shape)) for name, tensor in found.items()
+    ]
+    trained = tensors_of(tmp_path / "export")
+    assert differing(found, trained) == []
+    assert len(differing(trained, tensors_of(model))) == len(trained)  # the step changed every tensor
+
+
+@pytest.mark.parametrize("ranks", [Ranks(), Ranks(2, 1), Ranks(2, 4)], ids=str)
+def test_one_file_a_rank_holds_its_shards_and_gives_them_back(model: Path, tmp_path: Path, ranks: Ranks):
+    written = converted(model, tmp_path / "out", ranks)
+    files = sorted(written.glob("*.distcp"))
+    assert [file.name for file in files] == [f"__{rank}_0.distcp" for rank in range(ranks.world_size)]
+    reader = MegatronReader(written)
+    assert differing(dict(reader.hugging_face_tensors()), tensors_of(model)) == []
+    qkv = reader.tensors["decoder.layers.3.self_attention.linear_qkv.weight"]
+    assert len(qkv.chunks) == ranks.tensor_model_parallel_size
+    gate_up = reader.tensors["decoder.layers.0.mlp.linear_fc1.weight"]
+    assert len(gate_up.chunks) == {1: 1, 2: 4}[ranks.tensor_model_parallel_size]
+    assert reader.layout["pipeline_model_parallel_size"] == ranks.pipeline_model_parallel_size
+    assert damage(written, 1) is None
+
+
+def test_the_padding_of_the_vocabulary_stays_in_the_checkpoint(model: Path, tmp_path: Path):
+    reader = MegatronReader(converted(model, tmp_path / "out", Ranks(2, 1)))
+    rows = reader.tensors["embedding.word_embeddings.weight"].size[0]
+    assert rows > VOCAB_SIZE
+    assert dict(reader.hugging_face_tensors())["model.embed_tokens.weight"].shape[0] == VOCAB_SIZE
+
+
+def test_another_precision_is_the_nearest(model: Path, tmp_path: Path):
+    reader = MegatronReader(converted(model, tmp_path / "out", Ranks(2, 2), dtype=torch.bfloat16))
+    expected = {name: tensor.bfloat16() for name, tensor in tensors_of(model).items()}
+    assert differing(dict(reader.hugging_face_tensors()), expected) == []
+    assert {one.dtype for one in reader.announced()} == {torch.bfloat16}
+    in_full = dict(reader.hugging_face_tensors(torch.float32))
+    assert differing(in_full, {name: tensor.float() for name, tensor in expected.items()}) == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "says"),
+    [
+        (Ranks(1, 3), "--pipeline-model-parallel-size is 3, which does not divide the 4 layers"),
+        (Ranks(3, 1), "--tensor-model-parallel-size is 3, which does not divide"),
+        (Ranks(1, 1, 2), "--expert-model-parallel-size is 2, which does not divide the 1 experts"),
+    ],
+    ids=str,
+)
+def test_a_layout_that_does_not_fit_is_refused(model: Path, tmp_path: Path, ranks: Ranks, says: str):
+    with pytest.raises(InputError, match=says):
+        converted(model, tmp_path / "out", ranks)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_cut_short_is_named(model: Path, tmp_path: Path):
+    written = converted(model, tmp_path / "out", Ranks(1, 2))
+    file = written / "__1_0.distcp"
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(InputError, match=r"out.*: decoder\.\S+ cannot be read"):
+        list(MegatronReader(written).hugging_face_tensors())
+
+
+def test_a_tensor_too_many_and_one_too_few_are_named(model: Path, tied_model: Path, tmp_path: Path):
+    untied = converted(model, tmp_path / "untied", Ranks())
+    tied = converted(tied_model, tmp_path / "tied", Ranks())
+    for one, other in ((untied, tied), (tied, untied)):
+        config = json.loads((other / "hugging_face" / "config.json").read_text())
+        (one / "hugging_face" / "config.json").write_text(
+            json.dumps(config | {"tie_word_embeddings": one == untied})
+        )
+    with pytest.raises(InputError, match=r"holds the tensor output_layer\.weight, which no qwen2"):
+        MegatronReader(untied).announced()
+    with pytest.raises(InputError, match=r"lacks the tensor output_layer\.weight"):
+        MegatronReader(tied).announced()
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="no distributed checkpoint of Megatron-Core"):
+        MegatronReader(tmp_path)
