@@ -10,9 +10,9 @@ from typing import Any
 from megatron_a3po.config import Config
 from megatron_a3po.errors import A3POError
 from megatron_a3po.rollout.trajectory import Evaluation
-from megatron_a3po.trainer.batch import Batch
 from megatron_a3po.trainer.progress import Display
 from megatron_a3po.trainer.recording import Recorder, read_metrics
+from megatron_a3po.trainer.shown import Shown
 from megatron_a3po.trainer.summary import closing_lines, mean_of, summarize, write_summary
 
 FIRST_ACCURACY_S = 20.0
@@ -55,14 +55,13 @@ class Journal:
         """An evaluation of the weights after `step` was asked for; it is written down when it is there."""
         self._expected.append((step, evaluation))
 
-    def step(self, step: int, version: int, batch: Batch, metrics: dict[str, Any]) -> None:
+    def step(self, step: int, version: int, shown: Shown, metrics: dict[str, Any]) -> None:
         """A step's row. Evaluations that have come in meanwhile go with it, with the version they are of."""
         while self._expected and self._expected[0][1].done():
             evaluation = self._take_evaluation()
             metrics |= {"evaluation/accuracy": evaluation.accuracy, "evaluation/version": evaluation.version}
         self.recorder.record(step, version, metrics)
-        if step % self.config.trainer.sample_every == 0 or step == 1:
-            self.recorder.samples(step, batch, self.tokenizer)
+        self.recorder.samples(step, version, shown, self.tokenizer)
         latest = self.accuracy[max(self.accuracy)] if self.accuracy else None
         self.display.step(step, metrics, latest)
 

@@ -20,6 +20,7 @@ from megatron_a3po.trainer.journal import Journal
 from megatron_a3po.trainer.method import Method
 from megatron_a3po.trainer.probe import probe
 from megatron_a3po.trainer.recovery import Checkpoint
+from megatron_a3po.trainer.shown import Shown
 from megatron_a3po.trainer.source import Source, from_main, wait_on_main
 from megatron_a3po.trainer.step import train_step
 from megatron_a3po.weights.publishing import forget_old_versions, version_directory
@@ -67,13 +68,14 @@ def train(run: Run) -> bool:
             return False
         with run.clock("align"):
             mini_batches = align(batch, run.config.actor, run.config.rollout)
-        metrics = train_step(run.actor, mini_batches, method, run.clock)
+        shown = Shown.of(batch, version + 1, run.config.trainer.sample_every)
+        metrics = train_step(run.actor, mini_batches, method, run.clock, shown)
         run.progress.step += 1
         if run.source.publishes:
             with run.clock("publish"):
                 publish(run)
         metrics |= probe(run, metrics)
-        write_down(run, batch, metrics)
+        write_down(run, batch, shown, metrics)
         stop_where_nothing_is_learned(run, metrics)
         if due(run.config.trainer.save_every, run.progress.step):
             with run.clock("checkpoint"):
@@ -119,7 +121,7 @@ def save(run: Run) -> None:
     )
 
 
-def write_down(run: Run, batch: Batch, metrics: dict[str, Any]) -> None:
+def write_down(run: Run, batch: Batch, shown: Shown, metrics: dict[str, Any]) -> None:
     """Rank 0's notes on a step: metrics, samples, the batch itself, an evaluation that has come in."""
     intervals = run.clock.intervals.get("forward_backward", [])
     seconds = run.clock.take()  # what comes after this counts for the next step
@@ -133,7 +135,7 @@ def write_down(run: Run, batch: Batch, metrics: dict[str, Any]) -> None:
         )
     if run.config.trainer.dump_batches:
         save_batch(batch_path(run.run_dir / "batches", step), batch)
-    run.journal.step(step, version, batch, metrics)
+    run.journal.step(step, version, shown, metrics)
     run.progress.accuracy_before = run.journal.accuracy.get(0, run.progress.accuracy_before)
     if due(run.config.trainer.evaluate_every, step) and step < run.config.trainer.steps:
         evaluate(run)

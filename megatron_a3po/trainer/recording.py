@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_a3po.trainer.json_lines import JsonLines, plain, read_rows
 
 if TYPE_CHECKING:
-    from megatron_a3po.rollout.trajectory import Group, Trajectory
-    from megatron_a3po.trainer.batch import Batch
+    from megatron_a3po.trainer.shown import Decoder, Shown
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -43,14 +42,12 @@ class Recorder:
             if name in metrics and isinstance(value, int | float):
                 self._writer.add_scalar(name, value, step)
 
-    def samples(self, step: int, batch: "Batch", tokenizer: Any, limit: int = 4) -> None:
-        """The first trajectory of up to `limit` groups, spread over the batch."""
+    def samples(self, step: int, version: int, shown: "Shown", tokenizer: "Decoder") -> None:
+        """A row for each trajectory the step shows."""
         if self._samples is None:
             self._samples = JsonLines(self._run_dir / SAMPLES)
-        shown = min(limit, len(batch.groups))
-        for group in (batch.groups[place * len(batch.groups) // shown] for place in range(shown)):
-            row = _sample(group, group.trajectories[0], tokenizer)
-            self._samples.append({"step": step, "current_version": batch.version, **row})
+        for row in shown.rows(tokenizer):
+            self._samples.append({"step": step, "current_version": version, **row})
 
     def close(self) -> None:
         for file in (self._metrics, self._samples, self._writer):
@@ -63,17 +60,3 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     non-finite number reads as None; a run that has recorded nothing has no rows."""
     rows = {row["step"]: row for row in read_rows(Path(run_dir) / METRICS) if "step" in row}
     return [rows[step] for step in sorted(rows)]
-
-
-def _sample(group: "Group", trajectory: "Trajectory", tokenizer: Any) -> dict[str, Any]:
-    """A trajectory for people: the texts beside the arrays. As the reward sees it, the response has no EOS."""
-    response = trajectory.tokens[trajectory.prompt_length :].tolist()
-    return {
-        "prompt": group.prompt,
-        "response": tokenizer.decode(response, skip_special_tokens=True),
-        "tokens": trajectory.tokens,
-        "versions": trajectory.versions,
-        "behave_logp": trajectory.behave_logp,
-        "reward": trajectory.reward,
-        "finish_reason": trajectory.finish_reason,
-    }

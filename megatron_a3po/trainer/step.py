@@ -19,6 +19,7 @@ from megatron_a3po.algorithm.metric_table import QUANTITIES, report
 from megatron_a3po.algorithm.statistics import Statistics
 from megatron_a3po.trainer.clock import Clock
 from megatron_a3po.trainer.method import Method
+from megatron_a3po.trainer.shown import Shown
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +38,15 @@ class Measured:
 
 
 def train_step(
-    actor: Actor, mini_batches: list[list[AlignedSequence]], method: Method, clock: Clock
+    actor: Actor,
+    mini_batches: list[list[AlignedSequence]],
+    method: Method,
+    clock: Clock,
+    shown: Shown | None = None,
 ) -> dict[str, Any]:
-    """All updates of one step; returns its metrics, the same on every rank."""
+    """All updates of one step; returns its metrics, the same on every rank. `shown` learns of its trajectories."""
     packs = [actor.pack(mini_batch) if mini_batch else [] for mini_batch in mini_batches]
+    shown = shown or Shown([])
     measured = Measured(Statistics.empty(QUANTITIES, actor.grid.device))
     forwarded_before = actor.tokens_forwarded
     with clock("proximal_pass"):
@@ -51,10 +57,11 @@ def train_step(
     for number, pack in enumerate(packs):
         # A mini-batch whose every sequence was masked has nothing to learn from.
         if pack:
-            _update(actor, number, pack, method, measured, clock)
+            _update(actor, number, pack, method, measured, clock, shown)
     measured.tokens_forwarded = actor.tokens_forwarded - forwarded_before
     measured.tokens = sum(sum(len(s) for s in mb.sequences) for pack in packs for mb in pack)
     with clock("metrics"):
+        shown.gather(actor.grid)
         return _gathered(actor, measured) | _of_batch(mini_batches)
 
 
@@ -70,7 +77,13 @@ def with_recomputed_anchor(actor: Actor, pack: list[MicroBatch]) -> list[MicroBa
 
 
 def _update(
-    actor: Actor, number: int, pack: list[MicroBatch], method: Method, measured: Measured, clock: Clock
+    actor: Actor,
+    number: int,
+    pack: list[MicroBatch],
+    method: Method,
+    measured: Measured,
+    clock: Clock,
+    shown: Shown,
 ) -> None:
     objective = method.objective(number)
     update = actor.update(pack, objective, clock, entropy_coef=method.entropy_coef)
@@ -83,6 +96,7 @@ def _update(
             for micro_batch, output in zip(pack, update.outputs, strict=True):
                 for statistics in method.measure(number, objective, output, micro_batch.fields):
                     measured.statistics = measured.statistics.merge(statistics)
+                shown.see(objective, output, micro_batch)
     if not update.applied:
         measured.skipped += 1
         _say_what_is_not_finite(actor, number, pack, update)

@@ -13,15 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_a3po.trainer.recording import Recorder, read_metrics
-from tests.trainer.runs import batch_of, record_steps
-
-
-class Letters:
-    """A tokenizer of one letter a token; 1 is the EOS."""
-
-    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
-        return "".join(chr(ord("a") + token) for token in tokens if token != 1)
+from tests.trainer.runs import record_steps
 
 
 def strict(line: str) -> dict[str, Any]:
@@ -102,34 +94,6 @@ def test_tensorboard_has_the_numbers_and_a_resumed_run_replaces_its_own(tmp_path
     assert not {"staleness/histogram", "step", "attempt"} & set(names)
     assert [event.step for event in events.Scalars("reward/avg")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]  # null is no number
-
-
-def test_samples_are_whole_trajectories_of_different_prompts(tmp_path: Path):
-    recorder = Recorder(tmp_path, attempt=1)
-    recorder.samples(8, batch_of(8), Letters(), limit=4)
-    recorder.close()
-    rows = lines_of(tmp_path / "samples.jsonl")
-    assert [row["prompt"] for row in rows] == ["prompt 0", "prompt 2", "prompt 4", "prompt 6"]
-    assert rows[1] == {
-        "step": 8,
-        "current_version": 7,
-        "prompt": "prompt 2",
-        "response": "kl",
-        "tokens": [2, 10, 11, 1],
-        "versions": [-1, 6, 6, 7],
-        "behave_logp": [0.0, -0.5, None, -0.25],
-        "reward": 1.0,
-        "finish_reason": "stop",
-    }
-
-
-@pytest.mark.parametrize(("num_groups", "rows"), [(1, 1), (3, 3), (5, 4)])
-def test_no_more_samples_than_groups(tmp_path: Path, num_groups: int, rows: int):
-    recorder = Recorder(tmp_path, attempt=1)
-    recorder.samples(1, batch_of(num_groups), Letters())
-    recorder.close()
-    prompts = [row["prompt"] for row in lines_of(tmp_path / "samples.jsonl")]
-    assert len(prompts) == len(set(prompts)) == rows
 
 
 def test_reading_needs_no_torch():
