@@ -3,6 +3,8 @@
 The ranks of a layout start once per family: they load the checkpoint, compute on two packs, and write it again.
 """
 
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_a3po.actor.actor import Actor
+from megatron_a3po.actor.model import unwrap
 from megatron_a3po.config import read_model_shape
+from megatron_a3po.config.model_shape import Rope
 from megatron_a3po.weights.families import table_of
+from tests.actor import ranks
 from tests.actor.ranks import on_actors, random_sequences
 from tests.weights.checkpoints import DENSE, VOCAB_SIZE, WINDOW, logits_of, read_model, write_checkpoint
 from tests.weights.test_round_trip import assert_identical, tensors_of
@@ -53,11 +58,19 @@ def hidden_and_weight(actor: Actor) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def logits(ranks: list[dict], pack: str, sequence_parallel: bool) -> np.ndarray:
+def logits(on_ranks: list[dict], pack: str, sequence_parallel: bool) -> np.ndarray:
     """[rows, vocabulary] from what the tensor ranks of the last stage hold."""
-    shards = [rank[pack] for rank in ranks if rank]
+    shards = [rank[pack] for rank in on_ranks if rank]
     hidden = np.concatenate([one for one, _ in shards]) if sequence_parallel else shards[0][0]
     return (hidden @ np.concatenate([weight for _, weight in shards]).T)[: sum(PACKS[pack]), :VOCAB_SIZE]
+
+
+@cache
+def expected_logits(checkpoint: Path, pack: str) -> np.ndarray:
+    """The same from transformers, each sequence by itself, in float64."""
+    model = read_model(checkpoint).double()
+    sequences = random_sequences(PACKS[pack], VOCAB_SIZE)
+    return torch.cat([logits_of(model, sequence.tokens) for sequence in sequences]).numpy()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -70,14 +83,14 @@ def test_logits_are_those_of_transformers_and_weights_come_back_bit_for_bit(
         return hidden_and_weight(actor)
 
     keys = LAYOUTS[layout]
-    ranks = on_actors(compute_and_export, checkpoints[family], **keys)
+    on_ranks = on_actors(compute_and_export, checkpoints[family], **keys)
     assert_identical(tensors_of(tmp_path / "export"), tensors_of(checkpoints[family]))
     model = read_model(checkpoints[family]).double()
     for pack, lengths in PACKS.items():
         expected = torch.cat(
             [logits_of(model, s.tokens) for s in random_sequences(lengths, VOCAB_SIZE)]
         ).numpy()
-        found = logits(ranks, pack, keys.get("sequence_parallel", False))
+        found = logits(on_ranks, pack, keys.get("sequence_parallel", False))
         distance = np.abs(found - expected).max() / np.abs(expected).max()
         print(f"{pack}: {distance:.1e} of the largest logit, {np.abs(expected).max():.1f}")
         assert distance < 1e-6
@@ -86,6 +99,52 @@ def test_logits_are_those_of_transformers_and_weights_come_back_bit_for_bit(
         tmp_path / "export", local_files_only=True, output_loading_info=True
     )
     assert not any(report.values()), report
+
+
+SPECIAL: list[tuple[str, dict[str, Any]]] = [
+    ("llama 3.1", {"rope": Rope()}),
+    ("llama, linear", {"rope": Rope()}),
+    ("mistral", {"windows": ()}),
+    ("mistral", {"windows": (WINDOW + 1,) * 4}),
+    ("qwen2, window", {"windows": (WINDOW,) * 4}),
+    ("qwen3, window", {"windows": ()}),
+    ("gemma3_text", {"windows": ()}),
+    ("gemma3_text", {"local_rope": None}),
+    ("gemma3_text", {"softmax_scale": None}),
+    ("gemma3_text", {"embedding_scale": None}),
+    ("gemma3_text", {"activation": "silu"}),
+    ("gemma3_text", {"zero_centered_norms": False}),
+]
+
+
+@pytest.mark.parametrize(("family", "change"), SPECIAL, ids=str)
+def test_what_is_special_in_a_family_matters(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, family: str, change: dict[str, Any]
+):
+    shape = replace(read_model_shape(checkpoints[family]), **change)
+    monkeypatch.setattr(ranks, "read_model_shape", lambda folder: shape)
+    found = logits(on_actors(hidden_and_weight, checkpoints[family]), "ragged", False)
+    expected = expected_logits(checkpoints[family], "ragged")
+    assert np.abs(found - expected).max() / np.abs(expected).max() > 1e-3
+
+
+def test_gemmas_embeddings_are_scaled_as_bfloat16_rounds_the_scale(checkpoints: dict[str, Path]):
+    tokens = torch.arange(VOCAB_SIZE)[None]
+
+    def embedded(actor: Actor) -> np.ndarray:
+        policy = unwrap(actor.model[0])
+        return (policy.embedding(tokens, tokens) * policy.embedding_scale)[:, 0].detach().float().numpy()
+
+    (found,) = on_actors(embedded, checkpoints["gemma3_text"], bf16=True)
+    expected = (
+        read_model(checkpoints["gemma3_text"])
+        .bfloat16()
+        .model.embed_tokens(tokens)[0]
+        .detach()
+        .float()
+        .numpy()
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("family", DENSE)

@@ -17,7 +17,7 @@ class AttentionMasks:
         self.has_kinds = getattr(config, "layer_types", None) is not None
 
     def __call__(self, before: Tensor) -> Tensor | dict[str, Tensor]:
-        """before [..., queries, columns]: how many positions a column lies before the query -> True where it is seen."""
+        """before [..., queries, columns]: how many positions a column lies before the query -> whether it is seen."""
         full = before >= 0
         windowed = full if self.window is None else full & (before < self.window)
         return {"full_attention": full, "sliding_attention": windowed} if self.has_kinds else windowed
