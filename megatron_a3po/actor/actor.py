@@ -143,7 +143,7 @@ class Actor:
 
     def _load(self, model: ModelSection, seed: int) -> None:
         source = (
-            SafetensorsSource(self.hf_path)
+            SafetensorsSource(self.hf_path, self.table)
             if model.initialization == "pretrained"
             else RandomSource(self.table, seed)
         )

@@ -40,18 +40,17 @@ def weight_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
     except InputError as error:
         yield from error.problems
         return
-    yield from _quantised(headers)
     embedding = headers.get(EMBEDDING)
     if embedding and embedding.shape[:1] != (shape.vocab_size,):
         yield (
-            f"{embedding.file} has {EMBEDDING} for a vocabulary of {embedding.shape[0]}, but config.json has "
+            f"{embedding.file} has {EMBEDDING} for a vocabulary of {(*embedding.shape, 0)[0]}, but config.json has "
             f"vocab_size={shape.vocab_size}: weights and config.json must be of the same model."
         )
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:
     """Every tensor in the folder's weight files. Errors: InputError with a sentence for each file that is not whole,
-    for tensors that lie in two files, and for those that the index names and no file holds."""
+    for tensors that lie in two files, that the index names and no file holds, or that are quantised."""
     headers: dict[str, TensorHeader] = {}
     problems = []
     for file in weight_files(folder):
@@ -62,12 +61,12 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
             continue
         if twice := [name for name in own if name in headers]:
             problems.append(
-                f"{_listed(twice)} lies in {headers[twice[0]].file} and in {file}: remove the file that does not "
+                f"{listed(twice)} lies in {headers[twice[0]].file} and in {file}: remove the file that does not "
                 "belong."
             )
         headers |= own
     if not problems:
-        problems += _not_held(folder, headers)
+        problems += [*_not_held(folder, headers), *_quantised(headers)]
     if problems:
         raise InputError(problems)
     return headers
@@ -85,7 +84,7 @@ def weight_files(folder: Path) -> list[Path]:
     else:
         files = [one] if one.is_file() else sorted(folder.glob("*.safetensors"))
     if missing := [file.name for file in files if not file.is_file()]:
-        raise InputError(f"{index} names {_listed(missing)}, which is missing: copy it there.")
+        raise InputError(f"{index} names {listed(missing)}, which is missing: copy it there.")
     if not files:
         raise InputError(_without_safetensors(folder))
     return files
@@ -104,7 +103,7 @@ def _without_safetensors(folder: Path) -> str:
         f".save_pretrained('{folder}-safetensors')"
     )
     return (
-        f"{folder} has its weights only as {_listed(pickles)}, a pickle that could run any code and is not read: "
+        f"{folder} has its weights only as {listed(pickles)}, a pickle that could run any code and is not read: "
         f'if you trust its origin, write it as safetensors with python -c "{convert}" and copy the tokenizer along.'
     )
 
@@ -157,11 +156,12 @@ def _quantised(headers: Mapping[str, TensorHeader]) -> Iterator[str]:
     if other:
         header = headers[other[0]]
         yield (
-            f"{header.file} has {_listed(other)} as {header.dtype}, but only {', '.join(FLOATS)} can be trained: take "
+            f"{header.file} has {listed(other)} as {header.dtype}, but only {', '.join(FLOATS)} can be trained: take "
             "weights that are not quantised."
         )
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
     more = len(names) - NAMED_AT_MOST
     return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")

@@ -1,63 +1,133 @@
-"""Where full tensors by Hugging Face name come from: safetensors files, or one seed."""
+"""Where full tensors by Hugging Face name come from: safetensors files, or one seed.
 
-import json
+Files are strict both ways: what the family's table asks for must be there in its size, and what it does not know must
+not. All of that is read from the files' headers, in `config/weight_files.py`, before the first weight.
+"""
+
+import logging
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_a3po.config.weight_files import TensorHeader, listed, read_headers
 from megatron_a3po.errors import InputError
 from megatron_a3po.weights.families import Table
 from megatron_a3po.weights.operations import SliceReader
 
+logger = logging.getLogger(__name__)
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# A buffer that older checkpoints hold although config.json says it all.
+COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
+OF_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+COMPARED_ROWS = 8192
+
 
 class SafetensorsSource(Mapping[str, SliceReader]):
-    """The safetensors shards of a Hugging Face directory, memory mapped; a tensor is read by slices."""
+    """The tensors of a model from the shards of a Hugging Face directory, memory mapped; a tensor is read by slices.
 
-    def __init__(self, directory: Path) -> None:
-        self._files = ExitStack()
-        self._readers: dict[str, SliceReader] = {}
-        for path in safetensors_files(directory):
-            try:
-                file = self._files.enter_context(safe_open(path, framework="pt"))
-            except Exception as error:  # safetensors raises its own untyped errors for damaged files
-                raise InputError(
-                    f"{path} cannot be read as safetensors ({error}); copy or download it again"
-                ) from None
-            self._readers |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    Errors: InputError where the directory does not hold exactly the tensors of `table`, see `check_tensors`.
+    """
+
+    def __init__(self, directory: Path, table: Table) -> None:
+        headers = check_tensors(directory, table)
+        if unused := [name for name in headers if name not in table.tensors]:
+            logger.info("not used of %s: %s", directory, listed(unused))
+        self._headers = {name: headers[name] for name in table.tensors}
+        self._opened = ExitStack()
+        self._files = {
+            file: self._opened.enter_context(_open(file))
+            for file in {header.file for header in self._headers.values()}
+        }
 
     def __getitem__(self, name: str) -> SliceReader:
-        return self._readers[name]
+        return self._files[self._headers[name].file].get_slice(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
+        return iter(self._headers)
 
     def __len__(self) -> int:
-        return len(self._readers)
+        return len(self._headers)
 
 
-def safetensors_files(directory: Path) -> list[Path]:
-    """The weight files of a Hugging Face directory, by its index where it has one."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = [
-            directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        ]
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-    missing = [str(path) for path in files if not path.is_file()]
-    if missing:
-        raise InputError(f"{index} names {', '.join(missing)}, which is missing; copy it beside the index")
-    if not files:
-        raise InputError(
-            f"{directory} holds no .safetensors file; point model.hf_path at a Hugging Face checkpoint in safetensors "
-            "format, or start from random weights with model.initialization=random"
+def check_tensors(directory: Path, table: Table) -> dict[str, TensorHeader]:
+    """The headers of all tensors in a Hugging Face directory, once they are what `table` asks for.
+
+    Errors: InputError with one sentence on what is missing or unknown, or has another size, or on a head that differs
+    from the embedding it is said to be; and what `read_headers` refuses.
+    """
+    headers = read_headers(directory)
+    missing = [name for name in table.tensors if name not in headers]
+    unknown = [name for name in headers if name not in table.tensors and not _may_be_unused(name, table)]
+    problems: list[str] = []
+    if missing or unknown:
+        lacks = [f"lacks {listed(missing)}"] if missing else []
+        has = [f"has {listed(unknown)}, which is none of its tensors"] if unknown else []
+        problems.append(
+            f"{directory} is not the {table.shape.model_type} model that its config.json describes: it "
+            f"{' and '.join(lacks + has)}; bring weights and config.json of the same model."
         )
-    return files
+    else:
+        problems += _misshapen(headers, table) or _untied_head(headers, table)
+    if problems:
+        raise InputError(problems)
+    return headers
+
+
+def _may_be_unused(name: str, table: Table) -> bool:
+    """A head that is the embedding, a buffer, or DeepSeek's further layers that predict more than one token."""
+    if name == HEAD or COMPUTED.search(name):
+        return True
+    layer = OF_LAYER.match(name)
+    further = layer is not None and int(layer[1]) >= table.shape.num_layers
+    return further and table.shape.model_type == "deepseek_v3"
+
+
+def _misshapen(headers: Mapping[str, TensorHeader], table: Table) -> list[str]:
+    others = [name for name, size in table.tensors.items() if headers[name].shape != size]
+    if not others:
+        return []
+    name = others[0]
+    more = f" (and so for {len(others) - 1} more)" if len(others) > 1 else ""
+    return [
+        f"{headers[name].file} has {name} of shape {headers[name].shape}, but config.json asks for "
+        f"{table.tensors[name]}{more}; bring weights and config.json of the same model."
+    ]
+
+
+def _untied_head(headers: Mapping[str, TensorHeader], table: Table) -> list[str]:
+    """Some checkpoints store a tied head once more, which is fine as long as it is the embedding."""
+    if HEAD not in headers or HEAD in table.tensors:
+        return []
+    head, embedding = headers[HEAD], headers[EMBEDDING]
+    with _open(head.file) as one, _open(embedding.file) as other:
+        parts = (one.get_slice(HEAD), other.get_slice(EMBEDDING))
+        starts = range(0, embedding.shape[0], COMPARED_ROWS)
+        same = head.shape == embedding.shape and all(
+            torch.equal(*(part[start : start + COMPARED_ROWS] for part in parts)) for start in starts
+        )
+    if same:
+        return []
+    return [
+        f"{head.file} has a {HEAD} that differs from {EMBEDDING}, but config.json has tie_word_embeddings=true: "
+        "set it to false to train both, or remove the tensor."
+    ]
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except Exception as error:  # safetensors raises its own untyped errors for damaged files
+        raise InputError(
+            f"{file} cannot be read as safetensors ({error}): copy or download it again."
+        ) from None
 
 
 class RandomSource(Mapping[str, SliceReader]):

@@ -46,7 +46,7 @@ def test_which_files_are_the_models(folder: Path):
     assert set(read_headers(folder)) == {"c"}
 
 
-def cut(name: str, keep: Callable[[int], int]) -> Callable[[Path], None]:
+def cut(name: str, keep: Callable[[int], int]) -> Callable[[Path], object]:
     def damage(folder: Path) -> None:
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[: keep(len(content))])
@@ -54,12 +54,12 @@ def cut(name: str, keep: Callable[[int], int]) -> Callable[[Path], None]:
     return damage
 
 
-def rewrite(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content) and None
+def rewrite(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
 
 
-def reindex(text: object) -> Callable[[Path], None]:
-    return lambda folder: (folder / "model.safetensors.index.json").write_text(json.dumps(text)) and None
+def reindex(text: object) -> Callable[[Path], object]:
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(json.dumps(text))
 
 
 DAMAGES = {
@@ -105,7 +105,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("damage", "says"), DAMAGES.values(), ids=DAMAGES)
-def test_damaged_files(folder: Path, damage: Callable[[Path], None], says: str):
+def test_damaged_files(folder: Path, damage: Callable[[Path], object], says: str):
     damage(folder)
     with pytest.raises(InputError, match=says) as caught:
         read_headers(folder)

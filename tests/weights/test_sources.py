@@ -1,7 +1,11 @@
 """Where weights come from, and the sentences about what is wrong with them; where versions go, and which are kept."""
 
 import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from megatron_a3po.weights.families import table_of
 from megatron_a3po.weights.operations import Layout
 from megatron_a3po.weights.publishing import forget_old_versions, version_directory
 from megatron_a3po.weights.shards import load_shards
-from megatron_a3po.weights.sources import RandomSource, SafetensorsSource, safetensors_files
+from megatron_a3po.weights.sources import RandomSource, SafetensorsSource
 
 NORM = ("decoder.final_layernorm.weight", "model.norm.weight")
 
@@ -27,7 +31,7 @@ def test_the_table_of_sizes_is_transformers(model: Path, tied_model: Path):
 
 
 def test_a_tensor_is_read_by_slices(model: Path):
-    source = SafetensorsSource(model)
+    source = SafetensorsSource(model, table_of(read_model_shape(model)))
     name = "model.embed_tokens.weight"
     assert torch.equal(source[name][3:7], load_file(model / "model.safetensors")[name][3:7])
     assert len(source) == len(set(source)) == len(table_of(read_model_shape(model)).tensors)
@@ -44,27 +48,102 @@ def test_random_weights_are_a_function_of_seed_and_name(model: Path):
     assert set(one) == set(table.tensors)
 
 
-def test_a_folder_without_weights_is_named_with_the_ways_on(tmp_path: Path):
-    with pytest.raises(
-        InputError, match=r"no \.safetensors file.*model\.hf_path.*model\.initialization=random"
-    ):
-        safetensors_files(tmp_path)
+Tensors = dict[str, torch.Tensor]
 
 
-def test_a_file_the_index_names_must_be_there(tmp_path: Path):
-    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    save_file({"a": torch.zeros(2)}, tmp_path / "model-1.safetensors")
-    with pytest.raises(InputError, match=r"model-2\.safetensors, which is missing"):
-        safetensors_files(tmp_path)
-    save_file({"b": torch.ones(2)}, tmp_path / "model-2.safetensors")
-    assert set(SafetensorsSource(tmp_path)) == {"a", "b"}
+def lay_down(source: Path, folder: Path, change: Callable[[Tensors], object], **config: Any) -> Path:
+    """A copy of a model with other tensors or another config.json."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    values = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
 
 
-def test_a_damaged_file_is_named(tmp_path: Path):
-    (tmp_path / "model.safetensors").write_bytes(b"\x10")
-    with pytest.raises(InputError, match=r"model\.safetensors cannot be read as safetensors"):
-        SafetensorsSource(tmp_path)
+def refused(folder: Path) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        SafetensorsSource(folder, table_of(read_model_shape(folder)))
+    return caught.value.problems
+
+
+def add(name: str, *size: int) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.update({name: torch.ones(size)})
+
+
+def resize(name: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.update({name: tensors[name][:-1]})
+
+
+NORM_0, K_PROJ = "model.layers.0.input_layernorm.weight", "model.layers.1.self_attn.k_proj.weight"
+WRONG = {
+    "missing": (lambda tensors: tensors.pop(NORM_0), {}, f"it lacks {NORM_0}; bring"),
+    "unknown": (
+        add("model.layers.0.mlp.experts.0.up_proj.weight", 2),
+        {},
+        "experts.0.up_proj.weight, which is none",
+    ),
+    "shape": (resize(K_PROJ), {}, f"model.safetensors has {K_PROJ} of shape"),
+    "vocabulary": (resize("lm_head.weight"), {}, "model.safetensors has lm_head.weight of shape"),
+    "no head": (lambda tensors: tensors.pop("lm_head.weight"), {}, "it lacks lm_head.weight"),
+    "another head": (
+        lambda tensors: None,
+        {"tie_word_embeddings": True},
+        "has a lm_head.weight that differs",
+    ),
+    "fewer layers": (
+        lambda tensors: None,
+        {"num_hidden_layers": 1, "layer_types": None},
+        "model.layers.1.*and .* more, which is none",
+    ),
+    "another family": (
+        lambda tensors: None,
+        {"model_type": "qwen3"},
+        "is not the qwen3 model.*it lacks .*q_norm.* and has .*q_proj.bias",
+    ),
+    "quantised": (
+        lambda tensors: tensors.update({K_PROJ: tensors[K_PROJ].to(torch.float8_e4m3fn)}),
+        {},
+        f"has {K_PROJ} as F8_E4M3, but only",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "config", "says"), WRONG.values(), ids=WRONG)
+def test_tensors_that_are_not_the_models(model: Path, tmp_path: Path, change, config: dict, says: str):
+    folder = lay_down(model, tmp_path / "other", change, **config)
+    (problem,) = refused(folder)
+    assert re.search(says, problem)
+    assert str(folder) in problem
+    assert problem.endswith(".")
+
+
+def test_tensors_a_model_can_do_without(tied_model: Path, tmp_path: Path):
+    """What older checkpoints hold besides, and a tied head that is stored once more."""
+
+    def change(tensors: Tensors) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    folder = lay_down(tied_model, tmp_path / "other", change)
+    table = table_of(read_model_shape(folder))
+    assert set(SafetensorsSource(folder, table)) == set(table.tensors)
+
+
+def test_a_header_safetensors_does_not_take(model: Path, tmp_path: Path):
+    folder = lay_down(model, tmp_path / "other", lambda tensors: None)
+    file = folder / "model.safetensors"
+    # Of the right length and with the right shapes, but two tensors share their place.
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for name in ("model.layers.0", "model.layers.1"):
+        header[f"{name}.input_layernorm.weight"]["data_offsets"] = [0, 4]
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    file.write_bytes(content[:8] + text[:length] + content[8 + length :])
+    (problem,) = refused(folder)
+    assert "model.safetensors cannot be read as safetensors" in problem
 
 
 @pytest.mark.parametrize(
