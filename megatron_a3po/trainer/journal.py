@@ -1,6 +1,7 @@
 """Rank 0's account of a run: rows, samples, the display, and evaluations that come in while the loop goes on."""
 
 import contextlib
+import logging
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -8,12 +9,16 @@ from types import TracebackType
 from typing import Any
 
 from megatron_a3po.config import Config
+from megatron_a3po.config.difference import flat
 from megatron_a3po.errors import A3POError
 from megatron_a3po.rollout.trajectory import Evaluation
+from megatron_a3po.trainer.health import Health
 from megatron_a3po.trainer.progress import Display
 from megatron_a3po.trainer.recording import Recorder, read_metrics
 from megatron_a3po.trainer.shown import Shown
 from megatron_a3po.trainer.summary import closing_lines, mean_of, summarize, write_summary
+
+logger = logging.getLogger(__name__)
 
 FIRST_ACCURACY_S = 20.0
 FULL_PIPELINE_STEP = 10  # by then generation runs as far ahead as the bound lets it
@@ -30,6 +35,9 @@ class Journal:
         self.warm_start_recorder = (
             Recorder(self.run_dir / "warm_start", attempt=attempt) if config.warm_start else None
         )
+        self.health = Health(flat(config.model_dump(mode="json")))
+        for row in read_metrics(self.run_dir):  # of earlier attempts: what they said is said
+            self.health.see(row)
         self.accuracy: dict[int, float] = {}  # of the weights after a step
         self._expected: list[tuple[int, Future[Evaluation]]] = []
 
@@ -61,6 +69,8 @@ class Journal:
             evaluation = self._take_evaluation()
             metrics |= {"evaluation/accuracy": evaluation.accuracy, "evaluation/version": evaluation.version}
         self.recorder.record(step, version, metrics)
+        for finding in self.health.see({"step": step, **metrics}):
+            logger.warning(finding.sentence)
         self.recorder.samples(step, version, shown, self.tokenizer)
         latest = self.accuracy[max(self.accuracy)] if self.accuracy else None
         self.display.step(step, metrics, latest)
