@@ -101,6 +101,21 @@ def test_logits_are_those_of_transformers_and_weights_come_back_bit_for_bit(
     assert not any(report.values()), report
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
+def test_random_weights_are_a_model_of_the_family(checkpoints: dict[str, Path], tmp_path: Path, family: str):
+    export = lambda actor: actor.write_hugging_face(tmp_path / "export")  # noqa: E731
+    on_actors(export, checkpoints[family], tp=2, initialization="random")
+    found = tensors_of(tmp_path / "export")
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        name: tensor.shape for name, tensor in tensors_of(checkpoints[family]).items()
+    }
+    assert found["model.embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    norms = torch.cat([tensor for name, tensor in found.items() if "norm" in name])
+    assert (norms == (0 if family == "gemma3_text" else 1)).all()  # a norm that leaves a vector as it is
+    logits = logits_of(read_model(tmp_path / "export"), np.arange(2, 40))
+    assert 0.05 < logits.std().item() < 0.5
+
+
 SPECIAL: list[tuple[str, dict[str, Any]]] = [
     ("llama 3.1", {"rope": Rope()}),
     ("llama, linear", {"rope": Rope()}),
