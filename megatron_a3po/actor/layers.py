@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from megatron_a3po.actor.attention import PackedAttention, TransformerEngineAttention, has_window
+from megatron_a3po.actor.latent_attention import LatentAttention
+from megatron_a3po.actor.rotary import rotary_scale
 from megatron_a3po.config import ModelShape
 
 
@@ -94,6 +96,8 @@ def layer_spec(shape: ModelShape, layer: int, transformer_engine: bool) -> Modul
     Source: get_gpt_layer_local_spec or get_gpt_layer_with_transformer_engine_spec, core attention (and norms) replaced.
     """
     num_experts = shape.experts.num_experts if shape.experts and shape.is_sparse(layer) else None
+    if shape.latent_attention is not None:
+        return _latent_layer(shape, num_experts)
     if transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec(num_experts, qk_layernorm=shape.qk_norm)
         parts: Any = spec.submodules
@@ -114,4 +118,22 @@ def layer_spec(shape: ModelShape, layer: int, transformer_engine: bool) -> Modul
         attention.linear_proj = mlp.linear_fc2 = NormedRowParallelLinear
     if shape.local_rope is not None:
         parts.self_attention.module = TwoRotarySelfAttention
+    return spec
+
+
+def _latent_layer(shape: ModelShape, num_experts: int | None) -> ModuleSpec:
+    """A layer with latent attention, in plain torch wherever it runs."""
+    spec = get_gpt_layer_local_spec(
+        num_experts, normalization="RMSNorm", qk_layernorm=True, multi_latent_attention=True
+    )
+    parts: Any = spec.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    if num_experts is None:
+        # In a distributed checkpoint, norms are called as in every other dense layer.
+        parts.sharded_state_dict_keys_map = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    attention: Any = parts.self_attention
+    attention.module = LatentAttention
+    attention.params = {**attention.params, "rotary_scale": rotary_scale(shape.rope)}
+    attention.submodules.core_attention = PackedAttention
+    attention.submodules.q_layernorm = attention.submodules.kv_layernorm = RMSNorm
     return spec

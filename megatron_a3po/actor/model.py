@@ -20,12 +20,13 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_a3po.actor.attention import PackedSequences
 from megatron_a3po.actor.experts import expert_settings, keep_score_bias_in_fp32
 from megatron_a3po.actor.grid import Grid
+from megatron_a3po.actor.latent_attention import latent_settings
 from megatron_a3po.actor.layers import block_spec, has_transformer_engine
 from megatron_a3po.actor.rotary import Rotary
 from megatron_a3po.config import ModelShape
@@ -68,7 +69,9 @@ class TargetPolicy(LanguageModule):
                 config, padded_vocab_size, shape.max_position_embeddings, position_embedding_type="rope"
             )
         ropes = [rope for rope in (shape.rope, shape.local_rope) if rope is not None]
-        self.rotary_pos_emb = Rotary(ropes, shape.head_dim, shape.max_position_embeddings)
+        latent = shape.latent_attention
+        rotary_dim = latent.rotary_head_dim if latent else shape.head_dim
+        self.rotary_pos_emb = Rotary(ropes, rotary_dim, shape.max_position_embeddings)
         spec = block_spec(
             shape, config, vp_stage=vp_stage, pp_rank=pp_rank, transformer_engine=transformer_engine
         )
@@ -123,7 +126,9 @@ def transformer_config(actor: ActorSection, shape: ModelShape) -> TransformerCon
     """Megatron-Core's configuration of this model in this layout. Fusions that need CUDA extensions are off."""
     dtype = torch.bfloat16 if actor.bf16 else torch.float32
     interleaved = actor.virtual_pipeline_model_parallel_size is not None
-    return TransformerConfig(
+    latent = latent_settings(shape)
+    kind = MLATransformerConfig if latent else TransformerConfig
+    return kind(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -169,6 +174,7 @@ def transformer_config(actor: ActorSection, shape: ModelShape) -> TransformerCon
         recompute_method="uniform" if actor.recompute_granularity == "full" else None,
         recompute_num_layers=1 if actor.recompute_granularity == "full" else None,
         **expert_settings(actor, shape),
+        **latent,
     )
 
 

@@ -33,14 +33,24 @@ def frequencies(rope: Rope, head_dim: int, max_positions: int) -> Float[Tensor, 
     """Radians a position. Source: transformers' ROPE_INIT_FUNCTIONS and compute_default_rope_parameters."""
     if rope.kind == "default":
         return 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
+    return _of_transformers(rope, head_dim, max_positions)[0]
+
+
+def rotary_scale(rope: Rope) -> float:
+    """What sine and cosine are multiplied by."""
+    return 1.0 if rope.kind == "default" else _of_transformers(rope, head_dim=2, max_positions=1)[1]
+
+
+def _of_transformers(rope: Rope, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
     from transformers import PreTrainedConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    parameters: Any = {"rope_type": rope.kind, "rope_theta": rope.theta, **rope.scaling}
-    config = PreTrainedConfig(
-        rope_parameters=parameters,  # pyright: ignore[reportCallIssue]
-        head_dim=head_dim,
-        max_position_embeddings=max_positions,
-    )
-    found, _ = ROPE_INIT_FUNCTIONS[rope.kind](config, torch.device("cpu"))
-    return found
+    values: dict[str, Any] = {
+        "rope_parameters": {"rope_type": rope.kind, "rope_theta": rope.theta, **rope.scaling},
+        "head_dim": head_dim,
+        "hidden_size": head_dim,
+        "num_attention_heads": 1,
+        "max_position_embeddings": max_positions,
+    }
+    config = PreTrainedConfig(**values)
+    return ROPE_INIT_FUNCTIONS[rope.kind](config, torch.device("cpu"))

@@ -5,6 +5,7 @@ the table alone, for a shape, lists every tensor there must be: what random weig
 unknown, and what a checkpoint is converted by without building a model.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +14,12 @@ from typing import Literal
 from megatron_a3po.config import ModelShape
 from megatron_a3po.weights.operations import Operation
 
+FURTHER_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 LAYER = "decoder.layers.{i}."
 HF_LAYER = "model.layers.{i}."
 EXPERT = LAYER + "mlp.experts.local_experts.{e}."
+
+Presence = Literal["always", "untied", "dense layers", "sparse layers", "query rank", "no query rank"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Rule:
     """A Megatron-Core parameter and what it is made of.
 
     megatron: its name, `{i}` being the layer over all pipeline stages, `{e}` the expert over all expert ranks.
-    hugging_face: tensor names and their sizes, in the order the operation takes them: {"lm_head.weight": "vocab hidden"}.
+    hugging_face: tensor names and their sizes in the operation's order: {"lm_head.weight": "vocab hidden"}.
     fused: its name under Transformer Engine where that differs, which is also the name distributed checkpoints use.
     present: what it needs to be there.
     """
@@ -32,7 +36,7 @@ class Rule:
     operation: Operation
     hugging_face: Mapping[str, str]
     fused: str | None = None
-    present: Literal["always", "untied", "dense layers", "sparse layers"] = "always"
+    present: Presence = "always"
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,14 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Family:
-    """The rules of one Hugging Face `model_type`."""
+    """The rules of one Hugging Face `model_type`.
+
+    further_layers: checkpoints may have layers behind the model's last, which are no part of the policy.
+    """
 
     model_type: str
     rules: tuple[Rule, ...]
+    further_layers: bool = False
 
 
 class Table:
@@ -79,6 +87,11 @@ class Table:
             raise KeyError(
                 f"the {self.family.model_type} table has no rule for the parameter {name}"
             ) from None
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether a checkpoint may hold this Hugging Face tensor although the policy has nothing for it."""
+        layer = FURTHER_LAYER.match(name)
+        return self.family.further_layers and layer is not None and int(layer[1]) >= self.shape.num_layers
 
     def on_expert_ranks(self, name: str, ep_size: int) -> list[str]:
         """The parameter's name; an expert's: that of the expert with the same place on every expert rank."""
@@ -121,16 +134,25 @@ def sizes(shape: ModelShape) -> dict[str, int]:
 def _parameters(family: Family, shape: ModelShape) -> Iterator[Parameter]:
     known = sizes(shape)
     for rule in family.rules:
-        if rule.present == "untied" and shape.tie_word_embeddings:
-            continue
-        has_experts = "{e}" in rule.megatron
         for layer in range(shape.num_layers) if "{i}" in rule.megatron else [None]:
-            if rule.present == "dense layers" and layer is not None and shape.is_sparse(layer):
+            if not _is_present(rule.present, layer, shape):
                 continue
-            if rule.present == "sparse layers" and layer is not None and not shape.is_sparse(layer):
-                continue
-            for expert in range(known["experts"]) if has_experts else [None]:
+            for expert in range(known["experts"]) if "{e}" in rule.megatron else [None]:
                 yield _filled_in(rule, layer, expert, known)
+
+
+def _is_present(present: Presence, layer: int | None, shape: ModelShape) -> bool:
+    match present:
+        case "always":
+            return True
+        case "untied":
+            return not shape.tie_word_embeddings
+        case "dense layers" | "sparse layers":
+            return layer is not None and shape.is_sparse(layer) == (present == "sparse layers")
+        case "query rank" | "no query rank":
+            latent = shape.latent_attention
+            has_rank = latent is not None and latent.query_rank is not None
+            return has_rank == (present == "query rank")
 
 
 def _filled_in(rule: Rule, layer: int | None, expert: int | None, known: dict[str, int]) -> Parameter:
