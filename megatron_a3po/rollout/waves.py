@@ -31,7 +31,7 @@ class WaveProducer:
 
     def restore(self, state: dict[str, Any], version: int) -> None:
         for step, groups in state["waiting"].items():
-            self._schedule.finish(step, groups)
+            self._schedule.finish(int(step), groups)  # a kept state has text for keys
         self._schedule.check_resume(version)
 
     async def run(self) -> None:

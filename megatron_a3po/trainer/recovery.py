@@ -4,7 +4,7 @@
         actor/                model, optimizer, schedule (actor/checkpoint.py)
         trainer.json          step (and so version) and what else the loop counts
         model.json            the shape of the model
-        rollouts.pickle       prompt cursor, prompts in flight, finished groups (rollout/client.py)
+        rollouts.npz          prompt cursor, prompts in flight, finished groups (trainer/rollout_state.py)
         config.yaml           the configuration it was written under
         manifest.json         format number, sizes and checksums of the files above
 
@@ -16,7 +16,6 @@ import fcntl
 import itertools
 import json
 import os
-import pickle
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -26,10 +25,12 @@ from typing import Any, Literal
 from megatron_a3po.config import Config, ModelShape, read_model_shape, to_yaml
 from megatron_a3po.config.difference import differing_keys
 from megatron_a3po.errors import ConfigError, InputError
+from megatron_a3po.trainer.rollout_state import write_rollout_state
 from megatron_a3po.weights.manifest import damage, write_manifest
 
-FORMAT = 2  # 2: layers by number
+FORMAT = 2  # 2: layers by number, rollouts without a pickle
 PREFIX = "step-"
+ROLLOUTS = "rollouts.npz"
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Checkpoint:
         (self.aside / "config.yaml").write_text(to_yaml(config))
         (self.aside / "model.json").write_text(json.dumps(dataclasses.asdict(shape)))
         (self.aside / "trainer.json").write_text(json.dumps(trainer))
-        (self.aside / "rollouts.pickle").write_bytes(pickle.dumps(rollouts))
+        write_rollout_state(self.aside / ROLLOUTS, rollouts)
         write_manifest(self.aside, FORMAT)
         shutil.rmtree(self.final, ignore_errors=True)
         self.aside.rename(self.final)
@@ -183,10 +184,6 @@ class Checkpoint:
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "trainer.json").read_text())
-
-
-def read_rollout_state(checkpoint: Path) -> dict[str, Any] | None:
-    return pickle.loads((checkpoint / "rollouts.pickle").read_bytes())
 
 
 def write_aside(path: Path, text: str) -> None:

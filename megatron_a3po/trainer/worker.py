@@ -18,6 +18,7 @@ from megatron_a3po.actor.optimizer import Schedule
 from megatron_a3po.config import Config, read_model_shape
 from megatron_a3po.config.plan import plan_lines
 from megatron_a3po.errors import EXIT_DONE, EXIT_STOPPED, A3POError
+from megatron_a3po.lifetime import StopWish
 from megatron_a3po.logs import StepFilter, set_up_logs
 from megatron_a3po.rollout.client import RolloutClient
 from megatron_a3po.rollout.prompts import read_examples, tokenize
@@ -26,7 +27,8 @@ from megatron_a3po.trainer import loop, recovery
 from megatron_a3po.trainer.journal import Journal
 from megatron_a3po.trainer.loop import Progress, Run, published_weights
 from megatron_a3po.trainer.recovery import Beginning
-from megatron_a3po.trainer.source import LiveSource, ReplaySource, StopWish, from_main
+from megatron_a3po.trainer.rollout_state import read_rollout_state
+from megatron_a3po.trainer.source import LiveSource, ReplaySource, from_main
 from megatron_a3po.trainer.summary import closing_lines
 from megatron_a3po.trainer.warm_start import demonstrations, warm_start
 from megatron_a3po.weights.families import table_of
@@ -46,13 +48,11 @@ class Place:
     init_method: str
 
 
-def run_rank(config: Config, place: Place, beginning: Beginning | None, resume: str) -> int:
+def run_rank(config: Config, place: Place, beginning: Beginning | None, resume: str, stop: StopWish) -> int:
     """Exit code of this rank; what nobody foresaw is logged and raised.
 
     beginning: decided by the parent; None under a launcher, where rank 0 decides.
     """
-    stop = StopWish()
-    stop.listen()
     torch.set_num_threads(1)
     # Until it is decided what becomes of the run directory, nothing is written there.
     decided = config.run_dir if beginning else None
@@ -74,6 +74,9 @@ def run_rank(config: Config, place: Place, beginning: Beginning | None, resume: 
             step_filter = set_up_logs(decided, f"rank-{place.rank}", speaks=place.rank == 0)
         if beginning.kind == "finished":
             code = _show_finished(grid, beginning)
+        elif from_main(grid, lambda: stop.wished):
+            logger.info("stopped before it began: run again to continue")
+            code = EXIT_STOPPED
         else:
             code = _session(config, grid, beginning, stop, step_filter)
         leave_grid()
@@ -184,7 +187,8 @@ def _restore(actor: Actor, checkpoint: Path | None) -> tuple[Progress, dict[str,
     if checkpoint is None:
         return Progress(), None
     actor_checkpoint.load(actor, checkpoint / "actor")
-    return Progress(**recovery.read_trainer_state(checkpoint)), recovery.read_rollout_state(checkpoint)
+    progress = Progress(**recovery.read_trainer_state(checkpoint))
+    return progress, read_rollout_state(checkpoint / recovery.ROLLOUTS)
 
 
 def _start_rollouts(
