@@ -52,7 +52,7 @@ def test_gemma_is_warmed_up_trained_evaluated_and_exported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     config = config_of(tmp_path, "gemma3_text")
-    run = replay(config, "run", *overrides_of(tmp_path))
+    run = replay(config, "run", *overrides_of(tmp_path), "trainer.save_every=2")
     assert len(run.rows) == 3
     assert (run.column("sampler_trainer/tokens") == run.column("tokens/trained")).all()
     print(run.column("sampler_trainer/abs_diff/max"))
@@ -61,3 +61,6 @@ def test_gemma_is_warmed_up_trained_evaluated_and_exported(
     assert all(exported[name].equal(tensor) for name, tensor in run.weights.items())
     assert main(["evaluate", str(run.run_dir)]) == 0
     assert "accuracy" in capsys.readouterr().out
+    again = replay(config, "again", *overrides_of(tmp_path), f"--resume={run.run_dir}/checkpoints/step-2")
+    assert again.rows[-1]["loss"] == run.rows[-1]["loss"]
+    assert all(again.weights[name].equal(tensor) for name, tensor in run.weights.items())
