@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_a3po.errors import EXIT_INTERRUPTED, EXIT_NEEDS_PERSON, A3POError, ConfigError, InputError
+from megatron_a3po.lifetime import StopWish
 
 PACKAGE = "megatron_a3po"
 
@@ -20,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = parse_arguments(argv)
     try:
+        if arguments.command == "train":
+            arguments.stop = StopWish.listening()
         command = importlib.import_module(f"megatron_a3po.trainer.commands.{arguments.command}")
         return command.run(arguments)
     except (ConfigError, InputError) as error:

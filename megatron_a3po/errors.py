@@ -20,6 +20,7 @@ EXIT_DONE = 0
 EXIT_DIFFERENT = 1
 EXIT_BAD_INPUT = 2
 EXIT_NEEDS_PERSON = 3
+EXIT_CRASHED = 70  # of a rank under a launcher: an error nobody foresaw, a broken device or connection
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
 

@@ -1,10 +1,38 @@
-"""A process must not outlive the one that started it: whatever ends the parent ends the child, SIGKILL included."""
+"""When a process ends: the wish to stop, which signals make, and children that must not outlive their parent.
+
+A wish is looked at between steps; how a run answers it is in `trainer/loop.py`. Next to nothing is imported here: the
+command listens before torch is there, whose import takes seconds.
+"""
 
 import ctypes
 import signal
 import sys
+from types import FrameType
 
 PR_SET_PDEATHSIG = 1
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopWish:
+    """Set by SIGTERM, SIGUSR1 or ctrl-C; a second ctrl-C is a KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.wished = False
+        self._interrupts = 0
+
+    @classmethod
+    def listening(cls) -> "StopWish":
+        """A wish that hears this process's signals; children that are forked inherit what it has heard."""
+        stop = cls()
+        for number in STOP_SIGNALS:
+            signal.signal(number, stop._hear)
+        return stop
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.wished = True
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
 
 
 def end_with_parent() -> None:
@@ -14,8 +42,10 @@ def end_with_parent() -> None:
 
 
 def be_a_servant() -> None:
-    """For a forked child that only serves its parent: ends with it, leaves ctrl-C to it, and obeys SIGTERM."""
+    """For a forked child that only serves its parent: ends with it, and leaves signals to it.
+
+    A Slurm step signals every process of a job; the parent may still need its servant for a checkpoint.
+    """
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

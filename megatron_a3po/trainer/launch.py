@@ -19,30 +19,34 @@ from typing import Any
 from megatron_a3po.config import Config
 from megatron_a3po.config.checks import data_parallel_size
 from megatron_a3po.environment import Launch, set_default
-from megatron_a3po.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_NEEDS_PERSON
-from megatron_a3po.lifetime import end_with_parent
+from megatron_a3po.errors import EXIT_CRASHED, EXIT_DONE, EXIT_INTERRUPTED, EXIT_NEEDS_PERSON
+from megatron_a3po.lifetime import StopWish, end_with_parent
 from megatron_a3po.trainer import recovery
 from megatron_a3po.trainer.summary import closing_lines
 
 GRACE_S = 10.0
-CRASHED = 70  # between a rank and its parent only: it ended by an exception nobody foresaw
 
 
-def launch(config: Config, launched: Launch, *, resume: str) -> int:
+def launch(config: Config, launched: Launch, stop: StopWish, *, resume: str) -> int:
     """Run the training; the exit code of the whole."""
     set_default("OMP_NUM_THREADS", "1")
     if launched.launcher == "self":
-        return _launch_here(config, resume)
+        return _launch_here(config, resume, stop)
     Place, run_rank = _import_worker()
     assert launched.world_size is not None
     address = f"tcp://{launched.master_address}:{launched.master_port}"
     if launched.launcher == "torchrun":
         address = "env://"
     place = Place(launched.rank, launched.world_size, launched.local_rank, address)
-    return run_rank(config, place, None, resume)
+    try:
+        return run_rank(config, place, None, resume, stop)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # run_rank has logged it
+        return EXIT_CRASHED
 
 
-def _launch_here(config: Config, resume: str) -> int:
+def _launch_here(config: Config, resume: str, stop: StopWish) -> int:
     beginning = recovery.begin(config, resume)
     if beginning.kind == "finished":
         sys.stdout.write("\n".join(closing_lines(beginning.summary)) + "\n")
@@ -54,10 +58,11 @@ def _launch_here(config: Config, resume: str) -> int:
 
         def rank_main(rank: int) -> None:
             end_with_parent()
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches all; the parent answers it
             try:
-                code = run_rank(config, Place(rank, world_size, rank, rendezvous), beginning, resume)
+                code = run_rank(config, Place(rank, world_size, rank, rendezvous), beginning, resume, stop)
             except BaseException:  # Megatron-Core's checkpoint errors are no Exceptions
-                code = CRASHED
+                code = EXIT_CRASHED
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -68,7 +73,7 @@ def _launch_here(config: Config, resume: str) -> int:
         ]
         for process in ranks:
             process.start()
-        return _watch(ranks, Path(config.run_dir))
+        return _watch(ranks, Path(config.run_dir), stop)
 
 
 def _import_worker() -> tuple[Any, Any]:
@@ -79,27 +84,22 @@ def _import_worker() -> tuple[Any, Any]:
     return Place, run_rank
 
 
-def _watch(ranks: Sequence[BaseProcess], run_dir: Path) -> int:
-    """Wait for the ranks; pass signals on; once one has failed, end the others by their ids."""
-    interrupts = 0
-
-    def ask_to_stop(number: int, frame: Any) -> None:
-        nonlocal interrupts
-        interrupts += number == signal.SIGINT
-        if ranks[0].pid and interrupts < 2:
-            os.kill(ranks[0].pid, signal.SIGUSR1)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, ask_to_stop)
-    while any(process.is_alive() for process in ranks):
-        if interrupts > 1:
-            _end(ranks, grace_s=0)
-            return EXIT_INTERRUPTED
-        failed = _failed(ranks)
-        if failed is not None:
-            _end(ranks)
-            return _code_of(ranks, failed, run_dir)
-        time.sleep(0.05)
+def _watch(ranks: Sequence[BaseProcess], run_dir: Path, stop: StopWish) -> int:
+    """Wait for the ranks; pass the wish to stop on; once one has failed, end the others by their ids."""
+    told = False
+    try:
+        while any(process.is_alive() for process in ranks):
+            if stop.wished and not told and ranks[0].is_alive() and ranks[0].pid:
+                os.kill(ranks[0].pid, signal.SIGUSR1)
+                told = True
+            failed = _failed(ranks)
+            if failed is not None:
+                _end(ranks)
+                return _code_of(ranks, failed, run_dir)
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        _end(ranks, grace_s=0)
+        return EXIT_INTERRUPTED
     failed = _failed(ranks)
     return EXIT_DONE if failed is None else _code_of(ranks, failed, run_dir)
 
@@ -113,10 +113,10 @@ def _failed(ranks: Sequence[BaseProcess]) -> BaseProcess | None:
 def _code_of(ranks: Sequence[BaseProcess], failed: BaseProcess, run_dir: Path) -> int:
     """Rank 0's own code where it chose one: it has said why. A rank that crashed or was killed needs a person."""
     for process in (ranks[0], failed):
-        if process.exitcode and process.exitcode > 0 and process.exitcode != CRASHED:
+        if process.exitcode and process.exitcode > 0 and process.exitcode != EXIT_CRASHED:
             return process.exitcode
     log = run_dir / "logs" / f"{failed.name}.log"
-    how = "crashed" if failed.exitcode == CRASHED else f"was ended by signal {-(failed.exitcode or 0)}"
+    how = "crashed" if failed.exitcode == EXIT_CRASHED else f"was ended by signal {-(failed.exitcode or 0)}"
     sys.stderr.write(f"{failed.name} (pid {failed.pid}) {how}; why is at the end of {log}\n")
     return EXIT_NEEDS_PERSON
 

@@ -4,7 +4,6 @@ Rank 0 has the batch; one broadcast of host objects hands it on. What went wrong
 the same way, so that every rank ends at the same step with the same exit code.
 """
 
-import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -16,25 +15,12 @@ import torch.distributed as dist
 from megatron_a3po.actor.grid import Grid
 from megatron_a3po.config import Config
 from megatron_a3po.errors import A3POError, InputError
+from megatron_a3po.lifetime import StopWish
 from megatron_a3po.rollout.client import RolloutClient
 from megatron_a3po.trainer.batch import Batch, batch_path, check_replayed, load_batch
 
 T = TypeVar("T")
 POLL_S = 0.2
-
-
-class StopWish:
-    """Set by SIGTERM, SIGUSR1 or ctrl-C; looked at between steps and while waiting for samples."""
-
-    def __init__(self) -> None:
-        self.wished = False
-
-    def listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._wish)
-
-    def _wish(self, number: int, frame: Any) -> None:
-        self.wished = True
 
 
 class Source(Protocol):

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from megatron_a3po.trainer.launch import launch
 
-    return launch(config, launched, resume=arguments.resume)
+    return launch(config, launched, arguments.stop, resume=arguments.resume)
 
 
 def _print_plan(config: Config, world_size: int | None) -> None:
