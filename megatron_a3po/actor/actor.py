@@ -117,6 +117,11 @@ class Actor:
         """Log-prob and entropy of the trained tokens under the current weights; last stage only."""
         return self.pipeline.score(packs)
 
+    def shards(self) -> list[tuple[str, Tensor]]:
+        """(name, this rank's shard) of every weight, up to date; written to, they are the model's. Collective."""
+        self._gather_parameters()
+        return [(name, tensor) for name, tensor, _ in self._parameters()]
+
     @property
     def tokens_forwarded(self) -> int:
         """Tokens that went through the model's forward on this rank so far, counted where it is called."""

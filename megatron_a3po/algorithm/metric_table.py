@@ -43,7 +43,7 @@ TRAINING = (
     Metric(
         "forwards_per_token",
         "tokens through the model's forward / tokens of the batch",
-        "1; for `recompute` with n mini-batches 1 + (n - 1) / n",
+        "1; for `recompute` with n mini-batches 1 + (n - 1) / n; 1 more with `actor.kl_coef`",
     ),
     Metric("steps_skipped", "mini-batches whose update was not applied", "0"),
     Metric("rollout/dropped_groups", "groups dropped for being over the staleness bound", "0 but for `drop`"),
@@ -98,6 +98,12 @@ UPDATES = (
         f"{UPDATE}/entropy/avg", "mean -sum_v p_v log p_v, over the vocabulary", "falls slowly", "entropy"
     ),
     Metric(f"{UPDATE}/kl/avg", "k3, behaviour to target: mean exp(t - b) - 1 - (t - b)", "below 0.1", "kl"),
+    Metric(
+        f"{UPDATE}/reference_kl/avg",
+        "k3, target to the frozen reference f, with `actor.kl_coef`: mean exp(f - t) - 1 - (f - t)",
+        "rises slowly",
+        "reference_kl",
+    ),
 )
 
 _DIFFERENCE = "abs(t - b) over the tokens of mini-batch 1 with d = 0"

@@ -115,6 +115,14 @@ def recomputed_statistics(prox_logp: Float[Tensor, "trained"]) -> Statistics:
     return Statistics.of({"prox_logp_gt": prox_logp})
 
 
+def reference_statistics(
+    reference_logp: Float[Tensor, "trained"], logp: Float[Tensor, "trained"]
+) -> Statistics:
+    """k3 divergence of the target from the frozen reference, as the KL term has it: exp(f - t) - 1 - (f - t)."""
+    log_ratio = reference_logp - logp.detach()
+    return Statistics.of({"reference_kl": torch.expm1(log_ratio) - log_ratio})
+
+
 def approximation_statistics(
     method: Method,
     behave_logp: Float[Tensor, "trained"],

@@ -158,8 +158,9 @@ class ActorSection(Section):
     entropy_coef: float = 0.0
     """Weight of the entropy bonus: this times the mean entropy, by `loss_mean`, is subtracted from the loss."""
 
-    kl_coef: float = 0.0
-    """Weight of a KL penalty. Only 0 for now."""
+    kl_coef: float = Field(default=0.0, ge=0)
+    """Weight of a KL penalty that holds the policy near the one the RL steps began with. Above 0 every token takes one
+    forward more, with that policy's weights, which wait in host memory meanwhile."""
 
     @property
     def model_parallel_size(self) -> int:

@@ -88,11 +88,6 @@ def _not_implemented(config: Config) -> Iterator[Problem]:
     ):
         if (value := getattr(actor, name)) != 1:
             yield Problem((f"actor.{name}",), f"actor.{name} is {value}, but {why}: leave it out.")
-    if actor.kl_coef != 0:
-        yield Problem(
-            ("actor.kl_coef",),
-            f"actor.kl_coef is {actor.kl_coef:g}, but no such term is implemented: only 0 is accepted.",
-        )
     for name in ("hidden_dropout", "attention_dropout"):
         if (value := getattr(actor, name)) != 0:
             yield Problem(

@@ -28,11 +28,12 @@ def plan_lines(config: Config, shape: ModelShape, data_parallel_size: int) -> li
 def expected_forwards(config: Config) -> float:
     """Forwards per trained token if mini-batches had equal lengths; the run counts the real ones."""
     actor = config.actor
+    of_the_reference = 1.0 if actor.kl_coef else 0.0
     if not actor.use_decoupled_loss or actor.prox_logp_method in ("loglinear", "linear"):
-        return 1.0
+        return 1.0 + of_the_reference
     if actor.recompute_every_token:
-        return 2.0
-    return 1.0 + (actor.num_mini_batches - 1) / actor.num_mini_batches
+        return 2.0 + of_the_reference
+    return 1.0 + (actor.num_mini_batches - 1) / actor.num_mini_batches + of_the_reference
 
 
 def _grid(config: Config, data_parallel_size: int) -> Iterator[str]:
@@ -112,6 +113,8 @@ def _forwards(config: Config) -> Iterator[str]:
     else:
         yield f"{head}about: 1 in mini-batch 1, whose own log-probs are the proximal policy's, and 2 in mini-batches"
         yield f"           2 to {parts}, whose proximal log-probs are recomputed before the first update"
+    if actor.kl_coef:
+        yield "           and 1 with the weights of the frozen reference, before the first update, for the KL term"
 
 
 def _objective(config: Config) -> Iterator[str]:
@@ -139,7 +142,13 @@ def _objective(config: Config) -> Iterator[str]:
         yield "           takes two sweeps over the vocabulary, 4 matrix products instead of 3, still one forward"
     yield f"weight     {weight}"
     bonus = "" if actor.entropy_coef == 0 else f", less {actor.entropy_coef:g} times the entropy"
-    yield f"advantage  {actor.advantage}, loss averaged by {actor.loss_mean}{bonus}"
+    penalty = (
+        "" if actor.kl_coef == 0 else f", plus {actor.kl_coef:g} times the divergence from the reference"
+    )
+    yield f"advantage  {actor.advantage}, loss averaged by {actor.loss_mean}{bonus}{penalty}"
+    if actor.kl_coef:
+        yield "reference  the policy the training steps begin with, kept in the run directory as reference/; every rank"
+        yield "           has a second copy of its weights in host memory, which takes the model's place for it"
 
 
 def _staleness(config: Config) -> Iterator[str]:

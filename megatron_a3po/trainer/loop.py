@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_a3po.actor import checkpoint as actor_checkpoint
 from megatron_a3po.actor.actor import Actor
+from megatron_a3po.actor.reference import Reference
 from megatron_a3po.config import Config
 from megatron_a3po.errors import TrainingError
 from megatron_a3po.logs import StepFilter
@@ -48,6 +49,7 @@ class Run:
     journal: Journal | None
     progress: Progress
     step_filter: StepFilter
+    reference: Reference | None = None
     clock: Clock = field(default_factory=Clock)
 
     @property
@@ -69,7 +71,7 @@ def train(run: Run) -> bool:
         with run.clock("align"):
             mini_batches = align(batch, run.config.actor, run.config.rollout)
         shown = Shown.of(batch, version + 1, run.config.trainer.sample_every)
-        metrics = train_step(run.actor, mini_batches, method, run.clock, shown)
+        metrics = train_step(run.actor, mini_batches, method, run.clock, shown, run.reference)
         run.progress.step += 1
         if run.source.publishes:
             with run.clock("publish"):

@@ -5,6 +5,8 @@ loglinear, linear    interpolated from behaviour and target                     
 recompute, metrics   mini-batch 1: stop-gradient of its own log-prob             no pass
                      mini-batches 2..n: scored with the step's first weights     one pass over them
 forced recompute     every mini-batch scored                                     one pass over all
+
+A KL term (`actor.kl_coef`) adds a pass over all mini-batches under the frozen reference, whatever the anchor.
 """
 
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from megatron_a3po.algorithm.statistics import (
     approximation_statistics,
     policy_statistics,
     recomputed_statistics,
+    reference_statistics,
     sampler_statistics,
 )
 from megatron_a3po.config.actor import ActorSection
@@ -71,6 +74,7 @@ class Method:
             dual_clip=actor.dual_clip,
             behave_weight="off" if actor.behave_weight == "off_at_any_staleness" else actor.behave_weight,
             behave_weight_cap=actor.behave_weight_cap,
+            kl_coef=actor.kl_coef,
         )
 
     def measure(
@@ -82,6 +86,8 @@ class Method:
         if mini_batch == 0:
             # The only mini-batch whose target still has the weights of current_version.
             found.append(sampler_statistics(logp, behave_logp, staleness))
+        if fields.reference_logp is not None:
+            found.append(reference_statistics(fields.reference_logp, logp))
         truth = self._truth(mini_batch, logp, fields)
         if truth is not None:
             found.append(recomputed_statistics(truth))

@@ -26,6 +26,8 @@ from megatron_a3po.config import Config, ModelShape, read_model_shape, to_yaml
 from megatron_a3po.config.difference import differing_keys
 from megatron_a3po.errors import ConfigError, InputError
 from megatron_a3po.trainer.rollout_state import write_rollout_state
+from megatron_a3po.weights.aside import written_aside
+from megatron_a3po.weights.hugging_face import FORMAT as WEIGHTS_FORMAT
 from megatron_a3po.weights.manifest import damage, write_manifest
 
 FORMAT = 2  # 2: layers by number, rollouts without a pickle
@@ -180,6 +182,29 @@ class Checkpoint:
         self.aside.rename(self.final)
         for old in _checkpoints(Path(config.run_dir))[: -config.trainer.keep_last]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def reference_directory(run_dir: Path) -> Path:
+    """Where a run keeps the frozen policy of its KL term."""
+    return run_dir / "reference"
+
+
+def keep_reference(directory: Path, checkpoint: Path) -> None:
+    """The reference of the run a checkpoint is of, in this run's `directory`: a copy where that was another run.
+
+    Errors: InputError where there is none, or it is damaged.
+    """
+    theirs = reference_directory(checkpoint.parent.parent)
+    if not theirs.is_dir():
+        raise InputError(
+            f"{theirs} is not there, the policy that actor.kl_coef holds the target near: the run of {checkpoint} had "
+            "no KL term; leave actor.kl_coef out, or start without that checkpoint"
+        )
+    if problem := damage(theirs, WEIGHTS_FORMAT):
+        raise InputError(f"{theirs} is damaged ({problem}); copy it again from where the run was made")
+    if theirs.resolve() != directory.resolve():
+        with written_aside(directory) as aside:
+            shutil.copytree(theirs, aside, dirs_exist_ok=True)
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ all that is read from a device.
 
 import logging
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_a3po.actor.actor import Actor, Update
 from megatron_a3po.actor.packing import AlignedSequence, MicroBatch
+from megatron_a3po.actor.reference import Reference
 from megatron_a3po.algorithm.metric_table import QUANTITIES, report
 from megatron_a3po.algorithm.statistics import Statistics
 from megatron_a3po.trainer.clock import Clock
@@ -43,17 +44,25 @@ def train_step(
     method: Method,
     clock: Clock,
     shown: Shown | None = None,
+    reference: Reference | None = None,
 ) -> dict[str, Any]:
-    """All updates of one step; returns its metrics, the same on every rank. `shown` learns of its trajectories."""
+    """All updates of one step; returns its metrics, the same on every rank.
+
+    shown: learns of its trajectories.
+    reference: the frozen policy of a KL term; it scores every token before the first update, which is a forward more.
+    """
     packs = [actor.pack(mini_batch) if mini_batch else [] for mini_batch in mini_batches]
     shown = shown or Shown([])
     measured = Measured(Statistics.empty(QUANTITIES, actor.grid.device))
     forwarded_before = actor.tokens_forwarded
     with clock("proximal_pass"):
         packs = [
-            with_recomputed_anchor(actor, pack) if pack and method.needs_pass(number) else pack
+            scored(actor, pack, "prox_logp") if pack and method.needs_pass(number) else pack
             for number, pack in enumerate(packs)
         ]
+    if reference is not None:
+        with clock("reference_pass"), reference.in_place():
+            packs = [scored(actor, pack, "reference_logp") if pack else pack for pack in packs]
     for number, pack in enumerate(packs):
         # A mini-batch whose every sequence was masked has nothing to learn from.
         if pack:
@@ -65,14 +74,16 @@ def train_step(
         return _gathered(actor, measured) | _of_batch(mini_batches)
 
 
-def with_recomputed_anchor(actor: Actor, pack: list[MicroBatch]) -> list[MicroBatch]:
-    """The same packs with their log-probs under the current weights as anchor (known on the last stage only)."""
-    scored = actor.score(pack)
-    if not scored:
+def scored(
+    actor: Actor, pack: list[MicroBatch], field: Literal["prox_logp", "reference_logp"]
+) -> list[MicroBatch]:
+    """The same packs with their log-probs under the weights in place as this field (on the last stage only)."""
+    found = actor.score(pack)
+    if not found:
         return pack
     return [
-        replace(micro_batch, fields=replace(micro_batch.fields, prox_logp=logp))
-        for micro_batch, (logp, _) in zip(pack, scored, strict=True)
+        replace(micro_batch, fields=replace(micro_batch.fields, **{field: logp}))
+        for micro_batch, (logp, _) in zip(pack, found, strict=True)
     ]
 
 

@@ -15,6 +15,7 @@ from megatron_a3po.actor import checkpoint as actor_checkpoint
 from megatron_a3po.actor.actor import Actor
 from megatron_a3po.actor.grid import Grid, build_grid, leave_grid
 from megatron_a3po.actor.optimizer import Schedule
+from megatron_a3po.actor.reference import Reference
 from megatron_a3po.config import Config, read_model_shape
 from megatron_a3po.config.plan import plan_lines
 from megatron_a3po.errors import EXIT_DONE, EXIT_STOPPED, A3POError
@@ -131,6 +132,7 @@ def _session(
         )
         if beginning.checkpoint is None and not _warm_start(config, actor, tokenizer, journal, stop):
             return EXIT_STOPPED
+        reference = _reference(config, actor, beginning.checkpoint)
         actor.start_stage(_schedule(config))
         progress, rollout_state = _restore(actor, beginning.checkpoint)
         source: LiveSource | ReplaySource
@@ -144,7 +146,7 @@ def _session(
             client, source = None, ReplaySource(grid, config, shape.vocab_size, stop)
         if journal is not None:
             journal.earlier_s = progress.wall_seconds
-        return _train(Run(config, actor, source, client, journal, progress, step_filter))
+        return _train(Run(config, actor, source, client, journal, progress, step_filter, reference))
 
 
 def _train(run: Run) -> int:
@@ -181,6 +183,18 @@ def _warm_start(
             logger.info("stopped in the warm start, which has no checkpoint: run again to begin anew")
             return False
     return True
+
+
+def _reference(config: Config, actor: Actor, checkpoint: Path | None) -> Reference | None:
+    """The policy the RL steps begin with, for a KL term: kept before the first step, read again at every start."""
+    if config.actor.kl_coef == 0:
+        return None
+    directory = recovery.reference_directory(Path(config.run_dir))
+    if checkpoint is None:
+        actor.write_hugging_face(directory, with_tokenizer=True)
+    else:
+        from_main(actor.grid, lambda: recovery.keep_reference(directory, checkpoint))
+    return Reference(actor, directory)
 
 
 def _restore(actor: Actor, checkpoint: Path | None) -> tuple[Progress, dict[str, Any] | None]:

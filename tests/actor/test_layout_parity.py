@@ -27,6 +27,7 @@ LAYOUTS = {
     "tp 2 pp 2 sp, small micro-batches": [*layout(tp=2, pp=2, sp=True), *SMALL],
     "tp 2 pp 2 sp, interleaved": layout(tp=2, pp=2, vpp=2, sp=True),
 }
+OVERLAPPED = [*layout(dp=2), "actor.overlap_grad_reduce=true", "actor.overlap_param_gather=true"]
 KINDS = {
     "loglinear": [],
     "metrics": ["actor.prox_logp_method=metrics"],
@@ -39,7 +40,9 @@ KINDS = {
         "actor.eps_high=0.03",
     ],
     "entropy bonus": ["actor.entropy_coef=0.1"],
+    "near a reference": ["actor.kl_coef=1"],
     "tied": [],
+    "tied, near a reference": ["actor.kl_coef=1"],
 }
 CASES = [("loglinear", name, LAYOUTS[name]) for name in LAYOUTS]
 CASES += [
@@ -52,18 +55,16 @@ CASES += [
 ]
 CASES += [
     (kind, name, LAYOUTS[name])
-    for kind in ("sequence ratio", "entropy bonus")
+    for kind in ("sequence ratio", "entropy bonus", "near a reference")
     for name in ("tp 2 pp 2", "tp 2 pp 2 sp, small micro-batches", "tp 2 dp 2")
 ]
 CASES += [
+    ("tied, near a reference", "pp 2 interleaved", LAYOUTS["pp 2 interleaved"]),
+    ("near a reference", "overlapped parameters", OVERLAPPED),
+    ("loglinear", "overlapped parameters", OVERLAPPED),
     ("loglinear", "loss in chunks of 7", [*layout(tp=2), "actor.loss_chunk_tokens=7"]),
     ("loglinear", "recomputed activations", [*layout(tp=2), "actor.recompute_granularity=full"]),
     ("loglinear", "overlapped gradients", [*layout(dp=2), *SMALL, "actor.overlap_grad_reduce=true"]),
-    (
-        "loglinear",
-        "overlapped parameters",
-        [*layout(dp=2), "actor.overlap_grad_reduce=true", "actor.overlap_param_gather=true"],
-    ),
 ]
 
 # Rounding, by what it rounds: of mean |loss_t|, of the norm, absolute, of max(|value|, LEAST).
@@ -79,7 +80,7 @@ class References:
     made: dict[str, Outcome]
 
     def config_of(self, kind: str) -> Path:
-        return self.tied_config if kind == "tied" else self.config
+        return self.tied_config if kind.startswith("tied") else self.config
 
     def __getitem__(self, kind: str) -> Outcome:
         if kind not in self.made:

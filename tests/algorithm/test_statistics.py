@@ -17,6 +17,7 @@ from megatron_a3po.algorithm.statistics import (
     approximation_statistics,
     policy_statistics,
     recomputed_statistics,
+    reference_statistics,
     sampler_statistics,
 )
 
@@ -30,6 +31,7 @@ def batch(num_tokens: int = 64, seed: int = 0) -> dict[str, torch.Tensor]:
         "behave_logp": behave,
         "logp": behave + 0.4 * torch.randn(num_tokens, generator=generator),
         "prox_logp": behave + 0.2 * torch.randn(num_tokens, generator=generator),
+        "reference_logp": behave + 0.3 * torch.randn(num_tokens, generator=generator),
         "advantages": torch.randn(num_tokens, generator=generator),
         "entropy": torch.rand(num_tokens, generator=generator),
         "staleness": torch.randint(0, 9, (num_tokens,), generator=generator, dtype=torch.int32),
@@ -37,12 +39,13 @@ def batch(num_tokens: int = 64, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def measured(b: dict[str, torch.Tensor]) -> Statistics:
-    """Everything a step of `metrics` mode measures."""
+    """Everything a step of `metrics` mode with a KL term measures."""
     fields = b["logp"], b["prox_logp"], b["behave_logp"]
     loss = decoupled_loss(*fields, b["advantages"], eps_low=0.2, eps_high=0.2)
     found = policy_statistics(loss, b["logp"], b["behave_logp"], b["entropy"])
     found = found.merge(sampler_statistics(b["logp"], b["behave_logp"], b["staleness"]))
     found = found.merge(recomputed_statistics(b["prox_logp"]))
+    found = found.merge(reference_statistics(b["reference_logp"], b["logp"]))
     for method in METHODS:
         args = b["behave_logp"], b["logp"], b["staleness"], b["prox_logp"]
         found = found.merge(approximation_statistics(method, *args))
@@ -67,6 +70,8 @@ def by_numpy(b: dict[str, torch.Tensor]) -> dict[str, float]:
         }
     values |= {f"{UPDATE}/entropy/avg": n["entropy"].mean()}
     values |= {f"{UPDATE}/kl/avg": (np.exp(t - behave) - 1 - (t - behave)).mean()}
+    away = n["reference_logp"] - t
+    values |= {f"{UPDATE}/reference_kl/avg": (np.exp(away) - 1 - away).mean()}
     values |= {"sampler_trainer/abs_diff/avg": fresh.mean(), "sampler_trainer/abs_diff/max": fresh.max()}
     values |= {"sampler_trainer/tokens": len(fresh), f"{COMPUTE_LOGP}/prox_logp_gt/avg": g.mean()}
     alpha = 1 / np.maximum(d, 1)

@@ -24,7 +24,7 @@ from tests.run_files import ROWS, write_rows
         ["actor.advantage=dr_grpo", "actor.loss_mean=constant"],
         ["actor.importance_ratio=sequence", "actor.loss_mean=sequence", "actor.eps_low=3e-4"],
         ["actor.importance_ratio=sequence", "actor.advantage=dr_grpo", "actor.loss_mean=constant"],
-        ["actor.entropy_coef=0.01"],
+        ["actor.entropy_coef=0.01", "actor.kl_coef=0.1"],
         ["actor.advantage=reinforce_pp", "rollout.samples_per_prompt=1", "rollout.filter_no_signal=false"],
         ["rollout.fixed_staleness=3"],
         ["rollout.staleness_policy=drop", "rollout.max_staleness=0"],

@@ -60,6 +60,12 @@ def test_padded_vocabulary(load, tensor_size: int, divisor: int, padded: int, se
         (["actor.num_mini_batches=4"], 1.75, "2 to 4, whose proximal log-probs are recomputed"),
         (["actor.prox_logp_method=metrics", "actor.num_mini_batches=2"], 1.5, "recomputed"),
         (["actor.recompute_every_token=true", "actor.num_mini_batches=4"], 2.0, "recompute_every_token"),
+        (
+            ["actor.prox_logp_method=loglinear", "actor.kl_coef=0.1"],
+            2.0,
+            "and 1 with the weights of the frozen",
+        ),
+        (["actor.kl_coef=0.1", "actor.num_mini_batches=4"], 2.75, "and 1 with the weights of the frozen"),
     ],
 )
 def test_forwards(load, overrides: list[str], forwards: float, sentence: str):
@@ -81,6 +87,8 @@ def test_forwards(load, overrides: list[str], forwards: float, sentence: str):
             "takes two sweeps over the vocabulary, 4 matrix products instead of 3",
         ),
         (["actor.entropy_coef=0.01"], "averaged by token, less 0.01 times the entropy"),
+        (["actor.kl_coef=0.1"], "averaged by token, plus 0.1 times the divergence from the reference"),
+        (["actor.kl_coef=0.1"], "has a second copy of its weights in host memory"),
         (["rollout.max_staleness=4"], "at most 4, policy wait"),
         (["rollout.fixed_staleness=4"], "exactly 4 versions old"),
         (["warm_start.steps=20"], "20 supervised steps of 64 examples"),

@@ -34,6 +34,7 @@ class Case:
     ratio: str = "sequence"
     mean: str = "sequence"
     entropy_coef: float = 0.0
+    kl_coef: float = 0.0
     overrides: list[str] = field(default_factory=list)
 
     def switches(self) -> list[str]:
@@ -48,6 +49,7 @@ class Case:
             f"actor.importance_ratio={self.ratio}",
             f"actor.loss_mean={self.mean}",
             f"actor.entropy_coef={self.entropy_coef}",
+            f"actor.kl_coef={self.kl_coef}",
             *self.overrides,
         ]
 
@@ -59,7 +61,8 @@ CASES = {
     "recompute": Case("recompute", mean="constant"),
     "weight masked": Case("loglinear", overrides=["actor.behave_weight=mask"]),
     "entropy bonus": Case("loglinear", "token", "sequence", entropy_coef=0.3),
-    "both": Case("recompute", "sequence", "token", entropy_coef=0.1),
+    "near the reference": Case("loglinear", "token", "sequence", kl_coef=3.0),
+    "everything": Case("recompute", "sequence", "token", entropy_coef=0.1, kl_coef=3.0),
 }
 cases = pytest.mark.parametrize("name", CASES)
 
@@ -118,7 +121,9 @@ def on_paper(case: Case, batch: dict[str, Vector], found: Scored) -> dict[str, f
         if "actor.behave_weight=mask" in case.overrides
         else np.minimum(weight, CAP)
     )
-    loss = -capped * np.minimum(plain, clipped) - case.entropy_coef * found.entropy
+    # In a run's first step the reference is what the step began with.
+    away = np.exp(found.g - found.t) - 1 - (found.g - found.t)
+    loss = -capped * np.minimum(plain, clipped) - case.entropy_coef * found.entropy + case.kl_coef * away
     values = {
         "loss": np.mean([mean_of(loss, found, lengths, case.mean, one) for one in (0, 1)]),
         f"{UPDATE}/importance_weight/avg": ratio.mean(),
@@ -130,6 +135,8 @@ def on_paper(case: Case, batch: dict[str, Vector], found: Scored) -> dict[str, f
         f"{UPDATE}/clip_ratio": np.mean(clipped < plain),
         f"{UPDATE}/entropy/avg": found.entropy.mean(),
     }
+    if case.kl_coef:
+        values[f"{UPDATE}/reference_kl/avg"] = away.mean()
     return {name: float(value) for name, value in values.items()}
 
 
@@ -168,7 +175,9 @@ def test_a_step_is_the_one_on_paper(
         if abs(row[key] - value) > (1e-5 if key.endswith(("/min", "/max")) else 2e-6) * max(abs(value), 1.0)
     }
     assert not wrong
-    assert row["forwards_per_token"] == pytest.approx(1.5 if case.anchor == "recompute" else 1.0, abs=0.1)
+    assert (f"{UPDATE}/reference_kl/avg" in row) == (case.kl_coef > 0)
+    forwards = (1.5 if case.anchor == "recompute" else 1.0) + (case.kl_coef > 0)
+    assert row["forwards_per_token"] == pytest.approx(forwards, abs=0.1)
 
 
 def test_measuring_or_forcing_the_pass_changes_no_weight_of_a_sequence_ratio(replays: Replays) -> None:
