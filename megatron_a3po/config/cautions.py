@@ -1,6 +1,7 @@
 """What is allowed but may surprise: sentences said once at start. Refusals are in `checks.py`."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_a3po.config.actor import ActorSection
 from megatron_a3po.config.config import Config
@@ -11,7 +12,7 @@ LARGE_SEQUENCE_EPS = 0.1
 
 def cautions(config: Config, shape: ModelShape | None = None) -> list[str]:
     """One sentence for each thing about `config` that a user would want to know before the run, not after."""
-    found = [*_objective(config), *_rollout(config)]
+    found = [*_objective(config), *_rollout(config), *_own_code(Path(config.model.hf_path))]
     if shape is not None and not shape.eos_token_ids and config.needs_rollouts:
         found.append(
             "the model's config.json names no eos_token_id, so that every response runs to "
@@ -69,3 +70,10 @@ def _rollout(config: Config) -> Iterator[str]:
         )
     if rollout.fixed_staleness is not None and rollout.filter_no_signal:
         yield "rollout.fixed_staleness keeps groups without signal, so that every batch has the same composition."
+
+
+def _own_code(folder: Path) -> Iterator[str]:
+    """Many a folder asks to run the Python files beside it; what is supported here needs none of them."""
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        if file.is_file() and b'"auto_map"' in file.read_bytes():
+            yield f"{file} names code of its own (auto_map), which is never run: this program's own is used instead."

@@ -1,10 +1,13 @@
 """The lines said at start, against numbers worked out by hand."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_a3po.config import read_model_shape
 from megatron_a3po.config.cautions import cautions
 from megatron_a3po.config.plan import expected_forwards, plan_lines
+from tests.run_files import write_model
 
 
 def plan(config, data_parallel_size: int = 1) -> str:
@@ -140,3 +143,12 @@ def test_cautions(load, overrides: list[str], fragment: str):
 def test_nothing_to_be_cautious_about(load, overrides: list[str]):
     config = load(*overrides)
     assert cautions(config, read_model_shape(config.model.hf_path)) == []
+
+
+def test_code_beside_a_model_is_named_and_not_run(load, run_file: Path):
+    own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    write_model(run_file.parent / "model", auto_map=own)
+    assert (
+        f"{run_file.parent}/model/config.json names code of its own (auto_map), which is never run"
+        in plan(load())
+    )
