@@ -8,10 +8,10 @@ CHARACTERS = "0123456789+=;: "
 EOS_ID = 1
 
 
-def tiny_model(seed: int, *, scale: float = 0.3) -> Qwen2ForCausalLM:
+def tiny_model(seed: int, *, scale: float = 0.3, vocab_size: int = len(CHARACTERS) + 2) -> Qwen2ForCausalLM:
     """Weights large enough that versions differ clearly and distributions are not flat."""
     config = Qwen2Config(
-        vocab_size=len(CHARACTERS) + 2,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,

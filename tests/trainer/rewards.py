@@ -15,3 +15,7 @@ def broken(prompt: str, response: str, answer: str) -> float:
 def slow(prompt: str, response: str, answer: str) -> float:
     time.sleep(1.0)
     return any_response(prompt, response, answer)
+
+
+def same_text(prompt: str, response: str, answer: str) -> float:
+    return float(response.strip() == answer)

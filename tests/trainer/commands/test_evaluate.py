@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 
 from megatron_a3po.__main__ import main
 from tests.rollout.tiny import EOS_ID, tiny_model, tiny_tokenizer
+from tests.rollout.tiny_sentencepiece import CHAT_TEMPLATE, trained, write_sentencepiece
 from tests.run_files import write_rows
 
 RESPONSE_TOKENS = 6
@@ -99,6 +101,44 @@ def test_a_damaged_tokenizer(run_dir: Path, tmp_path: Path, capsys: pytest.Captu
     (other / "tokenizer.json").write_text("{")
     assert main(["evaluate", str(run_dir), "--checkpoint", str(other)]) == 2
     assert f"{other}/tokenizer.json is not readable as JSON" in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_a_bare_sentencepiece_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Texts and chats, against transformers' model and sentencepiece alone; one of three answers is wrong."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=trained())
+    vocab_size = pieces.vocab_size() + 6  # padded, as checkpoints often are
+    model = tiny_model(5, vocab_size=vocab_size)
+    model.save_pretrained(tmp_path / "model")
+    write_sentencepiece(tmp_path / "model", chat_template=CHAT_TEMPLATE)
+
+    def response(text: str) -> str:
+        tokens = [pieces.bos_id(), *pieces.encode(text)]
+        length = len(tokens)
+        with torch.no_grad():
+            for _ in range(RESPONSE_TOKENS):
+                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+                if tokens[-1] == EOS_ID:
+                    break
+        special = (pieces.bos_id(), pieces.eos_id(), pieces.unk_id())
+        kept = [token for token in tokens[length:] if token < pieces.vocab_size() and token not in special]
+        return pieces.decode(kept).strip()
+
+    rows = [
+        {"prompt": "The quick  fox", "answer": response("The quick  fox")},
+        {"messages": [{"role": "user", "content": "hi"}], "answer": response("[INST] hi [/INST]")},
+        {"prompt": "How many?", "answer": "another"},
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    config = {
+        "model": {"hf_path": str(tmp_path / "model")},
+        "data": {"train": "gone.jsonl", "held_out": str(tmp_path / "rows.jsonl")},
+        "reward": {"type": "function", "path": "tests.trainer.rewards:same_text"},
+        "rollout": {"max_response_tokens": RESPONSE_TOKENS},
+        "trainer": {"steps": 1},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    assert main(["evaluate", str(tmp_path), "--checkpoint", str(tmp_path / "model")]) == 0
+    assert "accuracy 0.667 on 3 held-out prompts (2 right)" in capsys.readouterr().out
 
 
 def test_a_run_that_has_not_ended(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
