@@ -90,7 +90,7 @@ def _weight(name: str, noise: torch.Tensor, start: torch.Tensor) -> torch.Tensor
         return start + 0.1 * noise
     if name.endswith(".bias"):
         return 0.1 * noise
-    return (0.08 if "layers" in name else 0.2) * noise
+    return (0.06 if "layers" in name else 0.2) * noise
 
 
 def read_model(folder: Path) -> Any:
