@@ -40,7 +40,7 @@ def converted(model: Path, directory: Path, ranks: Ranks, **keys: Any) -> Path:
     shape = read_model_shape(model)
     tp_size = ranks.tensor_model_parallel_size
     write_megatron_checkpoint(
-        SafetensorsSource(model),
+        SafetensorsSource(model, table_of(shape)),
         table_of(shape),
         directory,
         template=model,
