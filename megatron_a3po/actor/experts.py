@@ -29,11 +29,14 @@ def expert_settings(actor: ActorSection, shape: ModelShape) -> dict[str, Any]:
     experts = shape.experts
     if experts is None:
         return {}
-    if experts.num_experts % actor.expert_model_parallel_size:
-        raise InputError(
-            f"actor.expert_model_parallel_size is {actor.expert_model_parallel_size}, but must divide the model's "
-            f"{experts.num_experts} experts: take a divisor"
-        )
+    tp_size, ep_size = actor.tensor_model_parallel_size, actor.expert_model_parallel_size
+    must_divide("expert_model_parallel_size", ep_size, {"experts": experts.num_experts})
+    sizes = {
+        "attention heads": shape.num_attention_heads,
+        "expert columns": experts.ffn_hidden_size,
+        "shared columns": experts.shared_ffn_hidden_size,
+    }
+    must_divide("tensor_model_parallel_size", tp_size, sizes)
     softmax = experts.scores == "softmax"
     limited = (
         None not in (experts.num_groups, experts.top_groups) and experts.top_groups != experts.num_groups
@@ -54,10 +57,20 @@ def expert_settings(actor: ActorSection, shape: ModelShape) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
-        "expert_model_parallel_size": actor.expert_model_parallel_size,
+        "expert_model_parallel_size": ep_size,
         # Also where the grid is laid: set in one place only, the experts' outputs would be summed wrongly, in silence.
-        "expert_tensor_parallel_size": actor.tensor_model_parallel_size,
+        "expert_tensor_parallel_size": tp_size,
     }
+
+
+def must_divide(key: str, num_ranks: int, sizes: dict[str, int | None]) -> None:
+    """Errors: InputError names everything that so many ranks cannot share evenly."""
+    if problems := [
+        f"actor.{key} is {num_ranks}, but must divide the model's {size} {what}: take a divisor."
+        for what, size in sizes.items()
+        if size is not None and size % num_ranks
+    ]:
+        raise InputError(problems)
 
 
 def keep_score_bias_in_fp32(stage: torch.nn.Module) -> None:

@@ -16,7 +16,9 @@ from megatron.core.transformer import multi_latent_attention
 from torch import Tensor
 
 from megatron_a3po.actor.attention import PackedSequences
+from megatron_a3po.actor.experts import must_divide
 from megatron_a3po.config import ModelShape
+from megatron_a3po.config.actor import ActorSection
 
 if not isinstance(multi_latent_attention.TELinear, type):
     # Without Transformer Engine, Megatron-Core 0.16 has mocks of its classes here and takes them for real.
@@ -37,7 +39,7 @@ class LatentAttention(multi_latent_attention.MLASelfAttention):
         # Megatron-Core 0.19 would want a norm of the queries where they have no rank.
         return {part: getattr(submodules, part) for part in PARTS}
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -57,7 +59,8 @@ class LatentAttention(multi_latent_attention.MLASelfAttention):
         query = self._queries(hidden).unflatten(-1, (-1, self.q_head_dim))
         both = self._gathered(self.linear_kv_down_proj(hidden)[0])
         latent, key_turned = both.split([config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)
-        up, _ = self.linear_kv_up_proj(self.kv_layernorm(self._scattered(latent)))
+        normed = self.kv_layernorm(self._scattered(latent))  # pyright: ignore[reportCallIssue]
+        up, _ = self.linear_kv_up_proj(normed)
         up = up.unflatten(-1, (-1, config.qk_head_dim + config.v_head_dim))
         key_plain, value = up.split([config.qk_head_dim, config.v_head_dim], dim=-1)
         query_plain, query_turned = query.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
@@ -92,11 +95,16 @@ class LatentAttention(multi_latent_attention.MLASelfAttention):
         return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
 
 
-def latent_settings(shape: ModelShape) -> dict[str, Any]:
+def latent_settings(actor: ActorSection, shape: ModelShape) -> dict[str, Any]:
     """What MLATransformerConfig says beyond TransformerConfig; nothing where attention is not latent."""
     latent = shape.latent_attention
     if latent is None:
         return {}
+    sizes = {
+        "ranks of queries": latent.query_rank,
+        "ranks of keys and values": latent.key_value_rank + latent.rotary_head_dim,
+    }
+    must_divide("tensor_model_parallel_size", actor.tensor_model_parallel_size, sizes)
     return {
         "q_lora_rank": latent.query_rank,
         "kv_lora_rank": latent.key_value_rank,

@@ -106,6 +106,9 @@ def layer_spec(shape: ModelShape, layer: int, transformer_engine: bool) -> Modul
     spec = get_gpt_layer_local_spec(num_experts, normalization="RMSNorm", qk_layernorm=shape.qk_norm)
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    if num_experts is not None:
+        # In a distributed checkpoint too it is no part of the MLP, as under Transformer Engine.
+        del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention: Any = parts.self_attention.submodules
     attention.core_attention = PackedAttention
     if shape.qk_norm:

@@ -126,7 +126,7 @@ def transformer_config(actor: ActorSection, shape: ModelShape) -> TransformerCon
     """Megatron-Core's configuration of this model in this layout. Fusions that need CUDA extensions are off."""
     dtype = torch.bfloat16 if actor.bf16 else torch.float32
     interleaved = actor.virtual_pipeline_model_parallel_size is not None
-    latent = latent_settings(shape)
+    latent = latent_settings(actor, shape)
     kind = MLATransformerConfig if latent else TransformerConfig
     return kind(
         num_layers=shape.num_layers,

@@ -27,7 +27,7 @@ ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
 
 
@@ -107,8 +107,8 @@ def _gemma3_text(values: Values) -> Values:
 
 
 def _deepseek_v3(values: Values) -> Values:
-    num_layers, dense = values["num_hidden_layers"], values.get("first_k_dense_replace", 0)
-    ffn, shared = values["moe_intermediate_size"], values.get("n_shared_experts") or 0
+    num_layers, dense = values["num_hidden_layers"], values["first_k_dense_replace"]
+    ffn = values["moe_intermediate_size"]
     latent = LatentAttention(
         query_rank=values.get("q_lora_rank"),
         key_value_rank=values["kv_lora_rank"],
@@ -122,15 +122,15 @@ def _deepseek_v3(values: Values) -> Values:
         "latent_attention": latent,
         "sparse_layers": tuple(layer >= dense for layer in range(num_layers)),
         "experts": Experts(
-            num_experts=values.get("n_routed_experts") or values["num_local_experts"],
+            num_experts=values["n_routed_experts"],
             top_k=values["num_experts_per_tok"],
             ffn_hidden_size=ffn,
-            shared_ffn_hidden_size=ffn * shared or None,
+            shared_ffn_hidden_size=ffn * values["n_shared_experts"],
             scores="sigmoid",
-            normalize_top_k=bool(values.get("norm_topk_prob", True)),
+            normalize_top_k=True,
             scaling=float(values.get("routed_scaling_factor", 2.5)),
-            num_groups=values.get("n_group", 8),
-            top_groups=values.get("topk_group", 4),
+            num_groups=values["n_group"],
+            top_groups=values["topk_group"],
             has_score_bias=True,
         ),
     }
@@ -145,7 +145,31 @@ FAMILIES: dict[str, Callable[[Values], Values]] = {
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
 }
-WITH_EXPERTS = ("deepseek_v3", "qwen3_moe")
+
+# Of the families with experts: whole numbers there must be, and the only values there may be.
+WITH_EXPERTS = {
+    "deepseek_v3": (
+        "n_routed_experts",
+        "n_shared_experts",
+        "n_group",
+        "topk_group",
+        "first_k_dense_replace",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+    ),
+    "qwen3_moe": ("num_experts",),
+}
+ONLY = {
+    "deepseek_v3": {
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "moe_layer_freq": 1,
+    },
+    "qwen3_moe": {},
+}
 
 
 # -- what they have in common ------------------------------------------------------------------------
@@ -206,7 +230,9 @@ def _unsupported(values: Values) -> Iterator[str]:
         for key in REQUIRED_KEYS:
             if not isinstance(values.get(key), int):
                 yield f"{key} is {shown(values.get(key))}, but must be a whole number."
-    if model_type not in WITH_EXPERTS:
+    if model_type in WITH_EXPERTS:
+        yield from _unsupported_experts(values)
+    else:
         for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"):
             if values.get(key):
                 yield f"{key} is {shown(values[key])}, but the family {shown(model_type)} has no experts here."
@@ -231,6 +257,32 @@ def _unsupported(values: Values) -> Iterator[str]:
     if values.get("rope_interleave") is False:
         yield "rope_interleave is false, but only interleaved rotary dimensions are supported for this family."
     yield from _unsupported_rope(values)
+
+
+def _unsupported_experts(values: Values) -> Iterator[str]:
+    family = values["model_type"]
+    values = {"num_experts": values.get("num_local_experts"), **values}
+    keys = ("num_experts_per_tok", "moe_intermediate_size", *WITH_EXPERTS[family])
+    missing = [key for key in keys if not isinstance(values.get(key), int)]
+    for key in missing:
+        yield f"{key} is {shown(values.get(key))}, but must be a whole number."
+    for key, wanted in ONLY[family].items():
+        if values.get(key, wanted) != wanted:
+            yield f"{key} is {shown(values[key])}, but only {shown(wanted)} is supported for this family."
+    if missing:
+        return
+    top_k = values["num_experts_per_tok"]
+    if top_k < 2 and values.get("norm_topk_prob", family == "deepseek_v3"):
+        yield f"num_experts_per_tok is {top_k}, but must be at least 2 where their scores are normalised."
+    if family == "deepseek_v3":
+        if values["n_shared_experts"] < 1:
+            yield f"n_shared_experts is {values['n_shared_experts']}, but must be at least 1."
+        # Megatron-Core rates a group by its best top_k / topk_group experts, transformers by its best two.
+        if values["topk_group"] != values["n_group"] and top_k != 2 * values["topk_group"]:
+            yield (
+                f"num_experts_per_tok is {top_k}, but only twice topk_group ({2 * values['topk_group']}) is supported "
+                "where experts are chosen within groups."
+            )
 
 
 def _unsupported_rope(values: Values) -> Iterator[str]:

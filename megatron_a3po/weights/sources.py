@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # A buffer that older checkpoints hold although config.json says it all.
 COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
-OF_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 COMPARED_ROWS = 8192
 
 
@@ -38,7 +37,14 @@ class SafetensorsSource(Mapping[str, SliceReader]):
 
     def __init__(self, directory: Path, table: Table) -> None:
         headers = check_tensors(directory, table)
-        if unused := [name for name in headers if name not in table.tensors]:
+        if left_out := [name for name in headers if table.leaves_out(name)]:
+            logger.warning(
+                "%s: %s are left out, here and of what is written: layers that predict further tokens are no part of "
+                "the policy",
+                directory,
+                listed(left_out),
+            )
+        elif unused := [name for name in headers if name not in table.tensors]:
             logger.info("not used of %s: %s", directory, listed(unused))
         self._headers = {name: headers[name] for name in table.tensors}
         self._opened = ExitStack()
@@ -82,12 +88,8 @@ def check_tensors(directory: Path, table: Table) -> dict[str, TensorHeader]:
 
 
 def _may_be_unused(name: str, table: Table) -> bool:
-    """A head that is the embedding, a buffer, or DeepSeek's further layers that predict more than one token."""
-    if name == HEAD or COMPUTED.search(name):
-        return True
-    layer = OF_LAYER.match(name)
-    further = layer is not None and int(layer[1]) >= table.shape.num_layers
-    return further and table.shape.model_type == "deepseek_v3"
+    """A head that is the embedding, a buffer, or layers that predict further tokens."""
+    return name == HEAD or COMPUTED.search(name) is not None or table.leaves_out(name)
 
 
 def _misshapen(headers: Mapping[str, TensorHeader], table: Table) -> list[str]:
@@ -140,7 +142,7 @@ class RandomSource(Mapping[str, SliceReader]):
 
     def __getitem__(self, name: str) -> Tensor:
         size = self._shapes[name]
-        if name.endswith(".bias"):
+        if name.endswith("bias"):
             return torch.zeros(size)
         if "norm" in name:
             return self._norm(size)

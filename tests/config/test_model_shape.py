@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_a3po.config import Config, ModelShape, read_model_shape
-from megatron_a3po.config.model_shape import Rope
+from megatron_a3po.config.model_shape import Experts, LatentAttention, Rope
 from megatron_a3po.errors import ConfigError, InputError
 from tests.run_files import write_model
 
@@ -60,6 +60,34 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
+}
+YARN = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 40,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096,
+}
+DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 8,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 4,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
 }
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 8}
 AS_PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -169,6 +197,63 @@ AS_PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "local_rope": Rope(1e4),
         },
     ),
+    "Qwen3-30B-A3B": (
+        {
+            "model_type": "qwen3_moe",
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rope_theta": 1000000.0,
+            "rope_scaling": None,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": 48,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "router_aux_loss_coef": 0.001,
+        },
+        {
+            "qk_norm": True,
+            "sparse_layers": (True,) * 8,
+            "experts": Experts(128, 8, 32, None, "softmax", normalize_top_k=True),
+        },
+    ),
+    "DeepSeek-V3": (
+        {
+            "model_type": "deepseek_v3",
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 3,
+            "kv_lora_rank": 512,
+            "q_lora_rank": 1536,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "moe_intermediate_size": 32,
+            "moe_layer_freq": 1,
+            "n_group": 8,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "num_experts_per_tok": 8,
+            "num_nextn_predict_layers": 1,
+            "rope_theta": 10000,
+            "rope_scaling": {**YARN, "type": "yarn"},
+            "routed_scaling_factor": 2.5,
+            "scoring_func": "sigmoid",
+            "topk_group": 4,
+            "topk_method": "noaux_tc",
+        },
+        {
+            "sparse_layers": (False,) * 3 + (True,) * 5,
+            "head_dim": 192,
+            "latent_attention": LatentAttention(1536, 512, 128, 64, 128),
+            "rope": Rope(1e4, "yarn", YARN),
+            "experts": Experts(256, 8, 32, 32, "sigmoid", True, 2.5, 8, 4, has_score_bias=True),
+        },
+    ),
 }
 
 
@@ -206,6 +291,17 @@ def test_as_published_and_as_transformers_writes_it_again(tmp_path: Path, model:
         (
             {"model_type": "gemma3_text", "hidden_act": None, "final_logit_softcapping": 30.0},
             "softcapping is 30.0",
+        ),
+        ({**QWEN3_MOE, "num_experts": None}, "num_experts is null"),
+        ({**QWEN3_MOE, "num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok is 1"),
+        ({**DEEPSEEK, "topk_group": 2}, "only twice topk_group (4) is supported"),
+        ({**DEEPSEEK, "n_shared_experts": 0}, "n_shared_experts is 0"),
+        ({**DEEPSEEK, "kv_lora_rank": None}, "kv_lora_rank is null, but must be a whole number"),
+        ({**DEEPSEEK, "scoring_func": "softmax"}, 'scoring_func is "softmax", but only "sigmoid"'),
+        ({**DEEPSEEK, "norm_topk_prob": False}, "norm_topk_prob is false, but only true"),
+        (
+            {**DEEPSEEK, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+            "its original_max_position_embeddings is missing",
         ),
         ({"model_type": "gemma3"}, "only these are supported: deepseek_v3, gemma3_text, llama,"),
     ],

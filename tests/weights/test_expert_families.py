@@ -1,11 +1,14 @@
 """The families with experts: transformers' logits and, bit for bit, its tensors, with experts spread over ranks too."""
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -15,9 +18,16 @@ from transformers import (
 )
 
 from megatron_a3po.actor.actor import Actor
+from megatron_a3po.actor.checkpoint import load_weights
+from megatron_a3po.actor.grid import build_grid
+from megatron_a3po.actor.model import transformer_config
 from megatron_a3po.config import load_config, read_model_shape
-from megatron_a3po.errors import ConfigError
+from megatron_a3po.config.actor import ActorSection
+from megatron_a3po.errors import ConfigError, InputError
 from megatron_a3po.weights.families import table_of
+from megatron_a3po.weights.megatron_checkpoint import Ranks, write_megatron_checkpoint
+from megatron_a3po.weights.megatron_reader import MegatronReader
+from megatron_a3po.weights.sources import SafetensorsSource
 from tests.actor.ranks import on_actors, random_sequences
 from tests.run_files import write_run
 from tests.weights.test_round_trip import assert_identical, tensors_of
@@ -144,6 +154,14 @@ def _by_length(pack: Any, rows: np.ndarray) -> list[np.ndarray]:
     return np.split(rows[: bounds[-1]], bounds[:-1]) if len(bounds) else []
 
 
+def with_tensors(checkpoint: Path, folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """The checkpoint's config.json with other weights."""
+    folder.mkdir()
+    shutil.copyfile(checkpoint / "config.json", folder / "config.json")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_are_transformers_and_what_was_loaded_is_written_bit_for_bit(
     checkpoint: Path, tmp_path: Path, layout: str
@@ -167,6 +185,86 @@ def test_logits_are_transformers_and_what_was_loaded_is_written_bit_for_bit(
 def test_the_table_lists_what_transformers_writes(checkpoint: Path):
     found = {name: tuple(tensor.shape) for name, tensor in tensors_of(checkpoint).items()}
     assert table_of(read_model_shape(checkpoint)).tensors == found
+
+
+@pytest.mark.filterwarnings("ignore:The argument order of load has been changed:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+@pytest.mark.parametrize("layout", ["one rank", "ep 2"])
+def test_an_actor_loads_what_was_written_without_one(checkpoint: Path, tmp_path: Path, layout: str):
+    table = table_of(read_model_shape(checkpoint))
+    write_megatron_checkpoint(
+        SafetensorsSource(checkpoint, table),
+        table,
+        tmp_path / "megatron",
+        template=checkpoint,
+        ranks=Ranks(2, 2, 2),
+        padded_vocab_size=VOCAB_SIZE + 1,
+    )
+    read = dict(MegatronReader(tmp_path / "megatron").hugging_face_tensors())
+    assert_identical(read, tensors_of(checkpoint))
+
+    def load(actor: Actor) -> None:
+        load_weights(actor, tmp_path / "megatron")
+        actor.write_hugging_face(tmp_path / "export")
+
+    on_actors(load, checkpoint, initialization="random", **LAYOUTS[layout])
+    assert_identical(tensors_of(tmp_path / "export"), tensors_of(checkpoint))
+
+
+def test_half_precision_keeps_the_bias_of_the_choice_in_full(checkpoint: Path, tmp_path: Path):
+    half = {
+        name: tensor if name.endswith("bias") else tensor.bfloat16()
+        for name, tensor in tensors_of(checkpoint).items()
+    }
+    model = with_tensors(checkpoint, tmp_path / "half", half)
+    on_actors(lambda actor: actor.write_hugging_face(tmp_path / "export"), model, bf16=True)
+    found = tensors_of(tmp_path / "export")
+    assert_identical(found, half)
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        name: tensor.dtype for name, tensor in half.items()
+    }
+
+
+def test_layers_that_predict_further_tokens_are_left_out_with_a_warning(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    table = table_of(read_model_shape(checkpoint))
+    tensors = tensors_of(checkpoint)
+    further = {
+        "model.layers.4.enorm.weight": torch.ones(32),
+        "model.layers.4.mlp.gate.weight": torch.ones(8, 32),
+    }
+    model = with_tensors(checkpoint, tmp_path / "further", tensors | further)
+    if table.shape.model_type != "deepseek_v3":
+        with pytest.raises(InputError, match=r"model\.layers\.4\.enorm\.weight"):
+            SafetensorsSource(model, table)
+        return
+    source = SafetensorsSource(model, table)
+    assert set(source) == set(tensors)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "model.layers.4.enorm.weight, model.layers.4.mlp.gate.weight are left out" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ({"expert_model_parallel_size": 3}, r"must divide the model's \d experts"),
+        ({"tensor_model_parallel_size": 3}, "must divide the model's 4 attention heads"),
+        ({"tensor_model_parallel_size": 5}, "must divide the model's 24 "),
+    ],
+    ids=str,
+)
+def test_a_layout_that_does_not_fit_is_refused(checkpoint: Path, sizes: dict[str, Any], says: str):
+    with pytest.raises(InputError) as caught:
+        transformer_config(ActorSection(**sizes), read_model_shape(checkpoint))
+    assert any(re.search(says, problem) for problem in caught.value.problems)
+
+
+def test_experts_are_spread_over_data_ranks_alone():
+    section = ActorSection(tensor_model_parallel_size=2, expert_model_parallel_size=4)
+    with pytest.raises(InputError, match="is 4, but must divide the 2 data-parallel ranks"):
+        build_grid(section, rank=0, world_size=4, local_rank=0, init_method="", seed=1, timeout_s=1)
 
 
 def test_training_them_is_refused_at_the_start(checkpoint: Path, tmp_path: Path):

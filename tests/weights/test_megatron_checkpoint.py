@@ -26,7 +26,9 @@ from tests.actor.replay import VOCAB_SIZE
 # Megatron-Core 0.19's own call of torch.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The argument order of load has been changed:UserWarning"),
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"
+    ),
 ]
 
 LAYOUTS: dict[str, Any] = {
