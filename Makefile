@@ -7,6 +7,9 @@ PYTHON ?= $(shell tools/find_python.sh 3.11)
 PYTHON_NEWEST ?= $(shell tools/find_python.sh 3.12)
 ARGS ?=
 
+# The servers of rollout.engine=vllm have an environment of their own.
+VENV_VLLM ?= .venv-vllm
+
 BIN = $(VENV)/bin
 BIN_NEWEST = $(VENV_NEWEST)/bin
 # The newest pair that is supported; pyproject.toml has the range.
@@ -15,7 +18,7 @@ INSTALL_INPUTS = pyproject.toml setup.py tools/install.sh
 NEWEST_TESTS = tests/actor tests/weights tests/vocab_parallel tests/distributed tests/trainer/test_resume.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-newest check format gpu-check
+.PHONY: help install install-vllm quickstart quickstart-vllm test test-slow test-newest check format gpu-check
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -29,6 +32,17 @@ $(VENV)/.installed: $(INSTALL_INPUTS)
 quickstart: $(VENV)/.installed ## train a small model end to end: TP 2 x PP 2, asynchronous A-3PO, minutes on a CPU
 	$(BIN)/python examples/quickstart/prepare.py
 	$(BIN)/python -m megatron_a3po train examples/quickstart/config.yaml $(ARGS)
+
+install-vllm: $(VENV_VLLM)/.installed ## an environment for vLLM servers, its CPU build where there is no GPU; gigabytes
+
+$(VENV_VLLM)/.installed: tools/install_vllm.sh
+	@tools/install_vllm.sh "$(PYTHON)" $(VENV_VLLM)
+	@touch $@
+
+quickstart-vllm: $(VENV)/.installed $(VENV_VLLM)/.installed ## the quickstart with a real vLLM server as rollout engine
+	$(BIN)/python examples/quickstart/prepare.py
+	$(BIN)/python -m megatron_a3po train examples/quickstart/config.yaml rollout.engine=vllm rollout.launch=1 \
+	    rollout.vllm_python=$(VENV_VLLM)/bin/python run_dir=runs/quickstart-vllm $(ARGS)
 
 test: $(VENV)/.installed ## every test this machine can run; lists what it had to leave out
 	$(BIN)/python -m pytest $(ARGS)

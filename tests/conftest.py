@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -31,6 +33,14 @@ def same_numbers_every_time() -> None:
     """What a test draws without a seed of its own is the same in every run."""
     if (torch := sys.modules.get("torch")) is not None:
         torch.manual_seed(1)
+
+
+@pytest.fixture(scope="session")
+def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The one real vLLM server of a session, and what is needed to ask it: a tests.vllm_server.VllmServer."""
+    from tests.vllm_server import serve
+
+    yield from serve(tmp_path_factory.mktemp("vllm"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -53,6 +53,7 @@ TRAINING = (
         "rollout/failed_groups", "groups whose reward could not be computed; their prompts are replaced", "0"
     ),
     Metric("rollout/aborted", "samples the engine gave up; they are generated again", "0"),
+    Metric("rollout/lost_requests", "requests lost with a vLLM server; they are made again elsewhere", "0"),
     Metric(
         "rollout/tokens_per_s",
         "tokens sampled a second since the batch before",

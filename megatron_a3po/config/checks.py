@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from megatron_a3po.config.config import Config
 from megatron_a3po.config.problem import Problem
+from megatron_a3po.config.vllm_checks import vllm_problems
 from megatron_a3po.errors import ConfigError
 
 GROUP_ADVANTAGES = ("grpo", "dr_grpo", "rloo")
@@ -21,6 +22,7 @@ def config_problems(config: Config, world_size: int | None = None) -> Iterator[P
     yield from _objective(config)
     yield from _behave_weight(config)
     yield from _staleness(config)
+    yield from vllm_problems(config)
     yield from _groups(config)
     yield from _layout(config)
     yield from _optimizer(config)

@@ -16,6 +16,7 @@ from megatron_a3po.config.problem import Problem, shown
 from megatron_a3po.config.reward import ExactNumberReward, FunctionReward
 from megatron_a3po.config.reward_module import why_not_found
 from megatron_a3po.config.tokenizer_files import has_chat_template, tokenizer_problems
+from megatron_a3po.config.vllm_checks import launch_problems
 from megatron_a3po.config.weight_files import weight_problems
 from megatron_a3po.errors import InputError
 
@@ -39,6 +40,7 @@ def _model(config: Config) -> Iterator[Problem]:
             yield Problem(key, f"model.hf_path: {problem}")
         return
     yield from _layout(config, shape)
+    yield from launch_problems(config, shape)
     folder = Path(config.model.hf_path)
     if config.model.initialization == "pretrained":
         for sentence in weight_problems(folder, shape):

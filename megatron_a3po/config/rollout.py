@@ -7,13 +7,48 @@ from pydantic import Field
 from megatron_a3po.config.section import Section
 
 DEFAULT_MAX_STALENESS = 1
+DEFAULT_SEGMENT_TOKENS = 512
+DEFAULT_SERVER_TIMEOUT_S = 600.0
+DEFAULT_CANARY_EVERY = 50
 
 
 class RolloutSection(Section):
     """Generation, and the bound between the sampler and the trainer."""
 
-    engine: Literal["local"] = "local"
-    """`local` runs the Hugging Face model inside the rollout process."""
+    engine: Literal["local", "vllm"] = "local"
+    """`local` runs the Hugging Face model inside the rollout process, `vllm` asks vLLM servers over HTTP."""
+
+    servers: list[str] | None = None
+    """vllm: URLs of servers that are there already, such as http://10.0.0.5:8000."""
+
+    servers_file: str | None = None
+    """vllm: a file with one such URL a line, waited for until it is there."""
+
+    launch: int | None = Field(default=None, ge=1)
+    """vllm: start this many servers on this machine, and end them with the run."""
+
+    vllm_python: str | None = None
+    """The interpreter launched servers run with, of an environment with vLLM; left out it is this one."""
+
+    token_file: str | None = None
+    """A file with the bearer token that servers given by URL ask for."""
+
+    segment_tokens: int | None = Field(default=None, ge=1)
+    """vllm: a request asks for at most so many tokens (512 when left out); what a dead server loses is one
+    request."""
+
+    on_update: Literal["recompute_kv", "keep_kv", "restart"] | None = None
+    """vllm: what new weights do to responses under way. `recompute_kv` (when left out): they go on, their
+    caches computed again; `keep_kv`: they go on with the caches of the old weights; `restart`: they begin
+    anew."""
+
+    server_timeout_s: float | None = Field(default=None, gt=0)
+    """vllm: the time a server has to start or to answer, and a run without any server to get one back
+    (600 when left out)."""
+
+    canary_every: int | None = Field(default=None, ge=1)
+    """vllm: after the first publication and every so many (50 when left out) each server's log-probs are
+    compared with the trainer's; a difference ends the run."""
 
     samples_per_prompt: int = Field(default=8, ge=1)
     """Responses to each prompt: the size of a group."""
@@ -63,6 +98,26 @@ class RolloutSection(Section):
         if self.fixed_staleness is not None:
             return self.fixed_staleness
         return DEFAULT_MAX_STALENESS if self.max_staleness is None else self.max_staleness
+
+    @property
+    def segment(self) -> int:
+        """The most tokens a request asks for."""
+        return self.segment_tokens or DEFAULT_SEGMENT_TOKENS
+
+    @property
+    def update_mode(self) -> Literal["recompute_kv", "keep_kv", "restart"]:
+        """What holds of on_update."""
+        return self.on_update or "recompute_kv"
+
+    @property
+    def timeout_s(self) -> float:
+        """What holds of server_timeout_s."""
+        return self.server_timeout_s or DEFAULT_SERVER_TIMEOUT_S
+
+    @property
+    def canary_period(self) -> int:
+        """Publications from one comparison of the servers with the trainer to the next."""
+        return self.canary_every or DEFAULT_CANARY_EVERY
 
     @property
     def policy(self) -> Literal["wait", "drop", "train"]:

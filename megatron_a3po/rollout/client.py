@@ -118,6 +118,10 @@ class RolloutClient:
         """A greedy response to a training prompt with tokens of one version, to compare sampler and trainer."""
         return self._call("probe", version, prompt_index)
 
+    def canary(self, version: int) -> "Future[dict[str, Trajectory]]":
+        """From each vLLM server, by its URL, a response whose tokens are of `version`."""
+        return self._call("canary", version)
+
     def state(self) -> "Future[dict[str, Any]]":
         """What a checkpoint keeps of the rollouts. Call it between two `next_batch`es, also after a timeout."""
         return self._call("state", self._num_batches)

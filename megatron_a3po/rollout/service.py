@@ -17,6 +17,7 @@ from megatron_a3po.rollout.buffer import Buffer
 from megatron_a3po.rollout.continuous import ContinuousProducer
 from megatron_a3po.rollout.engines.base import RolloutEngine, SampleRequest
 from megatron_a3po.rollout.engines.local import LocalEngine
+from megatron_a3po.rollout.engines.vllm import create_vllm_engine
 from megatron_a3po.rollout.evaluation import evaluate
 from megatron_a3po.rollout.fixed_staleness import FixedStaleness
 from megatron_a3po.rollout.messages import Start
@@ -32,6 +33,8 @@ from megatron_a3po.rollout.waves import WaveProducer
 
 logger = logging.getLogger(__name__)
 
+CANARY_TOKENS = 16
+
 
 class RolloutService:
     """Create it inside the event loop, then keep `run` running."""
@@ -42,7 +45,7 @@ class RolloutService:
         self._tokenizer = load_tokenizer(config.model.hf_path)
         self._prompts = PromptStream(self._read_prompts(config.data.train), config.trainer.seed)
         self._held_out = [] if config.data.held_out is None else self._read_prompts(config.data.held_out)
-        self._engine = create_engine(config, start.weights_dir, start.first_version)
+        self._engine = create_engine(config, start.run_dir, start.weights_dir, start.first_version)
         assert config.reward is not None
         self._scorer = Scorer(config.reward)
         self._counters = RolloutCounters()
@@ -89,6 +92,7 @@ class RolloutService:
         since, self._batch_time = self._batch_time, time.monotonic()
         num_tokens = self._engine.sampled_between(since, self._batch_time)
         statistics = self._counters.take()
+        statistics["rollout/lost_requests"] = float(self._engine.take_num_lost())
         statistics["rollout/tokens_per_s"] = num_tokens / (self._batch_time - since)
         self._num_batches += 1
         self._last_batch = (version, groups)
@@ -121,9 +125,20 @@ class RolloutService:
             await self._wait_for_version(version)
             prompt = self._prompts.at(prompt_index)
             length, temperature = self._config.rollout.max_response_tokens, self._config.rollout.temperature
-            request = SampleRequest(prompt_index, 0, prompt.tokens, length, temperature, greedy=True)
+            # A vLLM server reports a greedy token's log-prob at temperature 1, whatever was asked.
+            greedy = self._config.rollout.engine == "local"
+            request = SampleRequest(prompt_index, 0, prompt.tokens, length, temperature, greedy=greedy)
             (sample,) = await self._engine.generate([request])
             return trajectory_of(prompt, 0, sample, reward=None)
+
+    async def canary(self, version: int) -> dict[str, Trajectory]:
+        """From each server a response of `version`, to compare with the trainer."""
+        await self._wait_for_version(version)
+        prompt = self._prompts.at(0)
+        length = min(CANARY_TOKENS, self._config.rollout.max_response_tokens)
+        request = SampleRequest(0, 0, prompt.tokens, length, self._config.rollout.temperature)
+        samples = await self._engine.respond_each(request)
+        return {name: trajectory_of(prompt, 0, sample, reward=None) for name, sample in samples.items()}
 
     async def sampled_between(self, start: float, end: float) -> int:
         return self._engine.sampled_between(start, end)
@@ -136,8 +151,16 @@ class RolloutService:
         return tokenize(read_examples(path), self._tokenizer, self._config.data.max_prompt_tokens)
 
 
-def create_engine(config: Config, weights_dir: Path, version: int) -> RolloutEngine:
-    """The engine `rollout.engine` names; so far there is one."""
+def create_engine(config: Config, run_dir: Path, weights_dir: Path, version: int) -> RolloutEngine:
+    """The engine `rollout.engine` names."""
+    match config.rollout.engine:
+        case "local":
+            return create_local_engine(config, weights_dir, version)
+        case "vllm":
+            return create_vllm_engine(config, run_dir, weights_dir, version)
+
+
+def create_local_engine(config: Config, weights_dir: Path, version: int) -> LocalEngine:
     on_gpu = torch.cuda.is_available()
     return LocalEngine(
         weights_dir,

@@ -13,7 +13,7 @@ from megatron_a3po.config.tokenizer_files import has_tokenizer
 from megatron_a3po.rollout.evaluation import evaluate
 from megatron_a3po.rollout.prompts import read_examples, tokenize
 from megatron_a3po.rollout.rewards.scorer import Scorer
-from megatron_a3po.rollout.service import create_engine
+from megatron_a3po.rollout.service import create_local_engine
 from megatron_a3po.rollout.tokenizer import load_tokenizer
 from megatron_a3po.rollout.trajectory import Evaluation
 
@@ -32,7 +32,7 @@ async def _evaluate(config: Config, checkpoint: Path) -> Evaluation:
     prompts = tokenize(read_examples(config.data.held_out), tokenizer, config.data.max_prompt_tokens)
     # The checkpoint says itself which tokens end a response.
     model = config.model.model_copy(update={"hf_path": str(checkpoint)})
-    engine = create_engine(config.model_copy(update={"model": model}), checkpoint, 0)
+    engine = create_local_engine(config.model_copy(update={"model": model}), checkpoint, 0)
     scorer = Scorer(config.reward)
     try:
         await scorer.start()

@@ -16,6 +16,7 @@ from megatron_a3po.errors import TrainingError
 from megatron_a3po.logs import StepFilter
 from megatron_a3po.rollout.client import RolloutClient
 from megatron_a3po.trainer.batch import Batch, align, batch_path, save_batch
+from megatron_a3po.trainer.canary import prove_update
 from megatron_a3po.trainer.clock import Clock
 from megatron_a3po.trainer.journal import Journal
 from megatron_a3po.trainer.method import Method
@@ -50,6 +51,7 @@ class Run:
     progress: Progress
     step_filter: StepFilter
     reference: Reference | None = None
+    num_published: int = 0
     clock: Clock = field(default_factory=Clock)
 
     @property
@@ -60,6 +62,7 @@ class Run:
 def train(run: Run) -> bool:
     """Steps until `trainer.steps`; False where a signal asked to stop before. Collective over all ranks."""
     method = Method.of(run.config.actor)
+    prove_update(run)
     run.clock.take()
     while run.progress.step < run.config.trainer.steps:
         version = run.progress.step
@@ -76,6 +79,7 @@ def train(run: Run) -> bool:
         if run.source.publishes:
             with run.clock("publish"):
                 publish(run)
+                prove_update(run)
         metrics |= probe(run, metrics)
         write_down(run, batch, shown, metrics)
         stop_where_nothing_is_learned(run, metrics)
@@ -89,6 +93,7 @@ def publish(run: Run) -> None:
     """Write the weights of the version just made and tell the rollout process. Collective."""
     root, version = published_weights(run.config), run.progress.step
     run.actor.write_hugging_face(version_directory(root, version))
+    run.num_published += 1
     if run.client is not None:
         run.client.publish(version, version_directory(root, version))
         forget_old_versions(root, keep=3 + run.config.rollout.bound)

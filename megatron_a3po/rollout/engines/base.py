@@ -4,7 +4,7 @@ The engine alone says which version produced a token (never a clock or a counter
 text, rewards, groups or staleness. One file per engine beside this one; read `local.py` for the embedded one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -51,6 +51,14 @@ class RolloutEngine(Protocol):
 
     async def update_weights(self, version: int, directory: Path) -> int:
         """Serve the weights of a Hugging Face directory. Returns the version in use once these or newer ones are."""
+        ...
+
+    async def respond_each(self, request: SampleRequest) -> Mapping[str, Sample]:
+        """The same request answered by each server, by its name; nothing where the engine has no servers."""
+        ...
+
+    def take_num_lost(self) -> int:
+        """Requests whose tokens were lost with a server since the last call; they are made again by themselves."""
         ...
 
     def sampled_between(self, start: float, end: float) -> int:

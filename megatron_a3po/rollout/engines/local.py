@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,6 +92,12 @@ class LocalEngine:
             self._updates.append((version, in_use))
             self._wake.notify()
         return await in_use
+
+    async def respond_each(self, request: SampleRequest) -> Mapping[str, Sample]:
+        return {}
+
+    def take_num_lost(self) -> int:
+        return 0
 
     def sampled_between(self, start: float, end: float) -> int:
         latest_first = reversed(list(self._steps))

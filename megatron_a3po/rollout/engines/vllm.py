@@ -1,0 +1,244 @@
+"""The engine over vLLM servers: a response is asked for in segments, each confirmed with the version of every token.
+
+A server says which weights produced which token only when a request ends. So a request is at most
+`rollout.segment_tokens` long: what a server that dies had not confirmed is generated again elsewhere, and counted; what
+it had confirmed is kept. The random numbers of a segment are a function of (seed, prompt, sample, position), its prefix
+cache is its version's own. Greedy requests are not pinned to a version: an update may reach them under way.
+Servers and updates are in `rollout/vllm/`, which version is served when in `rollout/vllm/fleet.py`.
+"""
+
+import asyncio
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_a3po.config import Config, read_model_shape
+from megatron_a3po.config.vllm_checks import is_url
+from megatron_a3po.errors import ConfigError, RolloutError
+from megatron_a3po.rollout.engines.base import Sample, SampleRequest
+from megatron_a3po.rollout.trajectory import FinishReason
+from megatron_a3po.rollout.vllm.fleet import Fleet
+from megatron_a3po.rollout.vllm.places import GivenPlace, Launch, LaunchedPlace, Place, new_token_file
+from megatron_a3po.rollout.vllm.server import Server
+from megatron_a3po.rollout.vllm.wire import Segment, ServerError, generate_body
+
+REMEMBERED_SEGMENTS = 100_000
+
+
+@dataclass
+class Response:
+    """What is confirmed of a response. With `one_version` it begins anew where an update reaches it."""
+
+    request: SampleRequest
+    one_version: bool
+    tokens: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_missing(self) -> int:
+        return self.request.max_response_tokens - len(self.tokens)
+
+    def add(self, segment: Segment) -> None:
+        if self.one_version and len({*self.versions, *segment.versions}) > 1:
+            self._begin_anew()
+            return
+        self.tokens += segment.tokens
+        self.logps += segment.logps
+        self.versions += segment.versions
+        if segment.finish_reason == "stop" or self.num_missing == 0:
+            self.finish_reason = segment.finish_reason if segment.finish_reason == "stop" else "length"
+        elif segment.finish_reason == "abort" and self.one_version:
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self.tokens, self.logps, self.versions = [], [], []
+
+    def sample(self) -> Sample:
+        return Sample(
+            np.array(self.tokens, np.int32),
+            np.array(self.logps, np.float32),
+            np.array(self.versions, np.int32),
+            self.finish_reason or "abort",
+        )
+
+
+class VllmEngine:
+    """Create it inside a running event loop."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        eos_token_ids: Sequence[int],
+        seed: int,
+        max_concurrent_samples: int,
+        segment_tokens: int,
+        one_version: bool,
+    ) -> None:
+        self._fleet = fleet
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._seed = seed
+        self._segment_tokens = segment_tokens
+        self._one_version = one_version
+        self._slots = asyncio.Semaphore(max_concurrent_samples)
+        self._closing = False
+        self._num_lost = 0
+        self._segments: deque[tuple[float, float, int]] = deque(maxlen=REMEMBERED_SEGMENTS)
+        self._running = asyncio.create_task(fleet.run(), name="vllm servers")
+
+    @property
+    def version(self) -> int:
+        return self._fleet.version
+
+    async def generate(self, requests: Sequence[SampleRequest]) -> list[Sample]:
+        return list(await asyncio.gather(*(self._respond(request) for request in requests)))
+
+    async def update_weights(self, version: int, directory: Path) -> int:
+        return await self._fleet.update(version, directory)
+
+    async def respond_each(self, request: SampleRequest) -> Mapping[str, Sample]:
+        """The same request answered by every server that serves, by its URL; those that fail on the way left out."""
+        await self._fleet.pick()
+        servers = list(self._fleet.serving)
+        answers = await asyncio.gather(
+            *(self._segment(server, Response(request, False)) for server in servers)
+        )
+        samples: dict[str, Sample] = {}
+        for server, segment in zip(servers, answers):
+            if segment is not None:
+                response = Response(request, False)
+                response.add(segment)
+                samples[str(server)] = response.sample()
+        return samples
+
+    def take_num_lost(self) -> int:
+        lost, self._num_lost = self._num_lost, 0
+        return lost
+
+    def sampled_between(self, start: float, end: float) -> int:
+        """A segment's tokens count as spread evenly over the time it took."""
+        total = 0.0
+        for begun, ended, num_tokens in self._segments:
+            overlap = min(end, ended) - max(start, begun)
+            if overlap > 0:
+                total += num_tokens * overlap / max(ended - begun, 1e-9)
+        return round(total)
+
+    async def failed(self) -> None:
+        await asyncio.shield(self._running)
+        raise RolloutError("the tasks that tend the vLLM servers ended.")
+
+    async def close(self) -> None:
+        self._closing = True
+        self._running.cancel()
+        await asyncio.gather(self._running, return_exceptions=True)
+        await self._fleet.close()
+
+    async def _respond(self, request: SampleRequest) -> Sample:
+        response = Response(request, self._one_version)
+        async with self._slots:
+            while response.finish_reason is None and not self._closing:
+                server = await self._fleet.pick()
+                if (segment := await self._segment(server, response)) is not None:
+                    response.add(segment)
+        return response.sample()
+
+    async def _segment(self, server: Server, response: Response) -> Segment | None:
+        """The next segment from this server; None where it failed, which puts it out."""
+        request = response.request
+        body = generate_body(
+            request,
+            response.tokens,
+            min(self._segment_tokens, response.num_missing),
+            seed=self._seed,
+            eos_token_ids=self._eos_token_ids,
+            cache_salt=f"v{server.version}",
+        )
+        begun = time.monotonic()
+        try:
+            segment = await server.generate(body)
+        except ServerError as error:
+            if not self._closing:
+                self._num_lost += 1
+                await self._fleet.evict(server, error)
+            return None
+        if not request.greedy:
+            self._segments.append((begun, time.monotonic(), len(segment.tokens)))
+        return segment
+
+
+def create_vllm_engine(config: Config, run_dir: Path, directory: Path, version: int) -> VllmEngine:
+    """The engine of a configuration; its servers are started and looked for while it already runs."""
+    rollout = config.rollout
+    max_tokens = config.data.max_prompt_tokens + rollout.max_response_tokens
+
+    async def find_places() -> Sequence[Place]:
+        if rollout.launch is not None:
+            return launched_places(config, run_dir, max_tokens)
+        token = (
+            None
+            if rollout.token_file is None
+            else Path(rollout.token_file).read_text(encoding="ascii").strip()
+        )
+        urls = rollout.servers or await read_urls(Path(rollout.servers_file or ""), rollout.timeout_s)
+        return [GivenPlace(url, lambda url: connect(config, url, token), rollout.timeout_s) for url in urls]
+
+    fleet = Fleet(find_places, version, directory, max_tokens=max_tokens, timeout_s=rollout.timeout_s)
+    return VllmEngine(
+        fleet,
+        eos_token_ids=read_model_shape(config.model.hf_path).eos_token_ids,
+        seed=config.trainer.seed,
+        max_concurrent_samples=rollout.max_concurrent_samples,
+        segment_tokens=rollout.segment,
+        one_version=rollout.update_mode == "restart",
+    )
+
+
+def connect(config: Config, url: str, token: str | None) -> Server:
+    rollout = config.rollout
+    return Server(url, token=token, on_update=rollout.update_mode, timeout_s=rollout.timeout_s)
+
+
+def launched_places(config: Config, run_dir: Path, max_tokens: int) -> list[Place]:
+    rollout = config.rollout
+    assert rollout.launch is not None
+    token_file = run_dir / "vllm.token"
+    token = new_token_file(token_file)
+    on_cpu = not torch.cuda.is_available()
+    launch = Launch(
+        python=rollout.vllm_python or sys.executable,
+        model_dir=Path(config.model.hf_path),
+        dtype="float32" if on_cpu or not config.actor.bf16 else "bfloat16",
+        max_tokens=max_tokens,
+        max_samples=max(1, -(-rollout.max_concurrent_samples // rollout.launch)),
+        seed=config.trainer.seed,
+        num_threads=rollout.num_threads,
+        token_file=token_file,
+        timeout_s=rollout.timeout_s,
+        on_cpu=on_cpu,
+    )
+    logs = (run_dir / "logs" / f"vllm-{number}.log" for number in range(rollout.launch))
+    return [LaunchedPlace(launch, log, lambda url: connect(config, url, token)) for log in logs]
+
+
+async def read_urls(file: Path, timeout_s: float) -> list[str]:
+    """The lines of `rollout.servers_file`, once it is there and not empty: a job may still be filling it in."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        urls = file.read_text(encoding="utf-8").split() if file.is_file() else []
+        if wrong := [url for url in urls if not is_url(url)]:
+            raise ConfigError(f"rollout.servers_file: {file} has {wrong[0]!r}, but wants URLs, one a line.")
+        if urls:
+            return urls
+        await asyncio.sleep(1.0)
+    raise ConfigError(
+        f"rollout.servers_file: {file} named no server within {timeout_s:g} s: write URLs, one a line."
+    )

@@ -1,0 +1,147 @@
+"""All vLLM servers of a run: who gets work, who takes which weights, who is out and comes back.
+
+One task tends each place for ever: open it, bring the server to the newest weights, let it work until it fails, and
+again. A server gets work only between the two, so whatever serves has weights that were published. Updates and
+admissions exclude each other. Nothing here knows tokens or prompts: that is `engines/vllm.py`.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from megatron_a3po.errors import RolloutError
+from megatron_a3po.rollout.vllm.places import Place
+from megatron_a3po.rollout.vllm.server import Server
+from megatron_a3po.rollout.vllm.wire import ServerError, Unreachable
+
+logger = logging.getLogger(__name__)
+
+HEALTH_EVERY_S = 5.0
+AGAIN_AFTER_S = 2.0
+
+
+class Fleet:
+    """Create it inside the event loop, then keep `run` running. `version` is the oldest that any server samples with;
+    without a server, that of the last one."""
+
+    def __init__(
+        self,
+        find_places: Callable[[], Awaitable[Sequence[Place]]],
+        version: int,
+        directory: Path,
+        *,
+        max_tokens: int,
+        timeout_s: float,
+    ) -> None:
+        self.version = version
+        self.serving: list[Server] = []
+        self._find_places = find_places
+        self._places: Sequence[Place] = ()
+        self._newest = (version, directory)
+        self._max_tokens = max_tokens
+        self._timeout_s = timeout_s
+        self._updating = asyncio.Lock()
+        self._changed = asyncio.Condition()
+        self._trouble = "none has answered yet"
+
+    async def run(self) -> None:
+        """Until cancelled, or until no server has been there for the time of `rollout.server_timeout_s`."""
+        self._places = await self._find_places()
+        async with asyncio.TaskGroup() as tasks:
+            for place in self._places:
+                tasks.create_task(self._tend(place))
+            tasks.create_task(self._give_up())
+
+    async def close(self) -> None:
+        for place in self._places:
+            await place.close()
+
+    async def pick(self) -> Server:
+        """The server with the fewest tokens in flight, as soon as there is one."""
+        await self._wait(lambda: any(server.version is not None for server in self.serving))
+        ready = [server for server in self.serving if server.version is not None]
+        return min(ready, key=lambda server: server.tokens_in_flight)
+
+    async def evict(self, server: Server, why: ServerError) -> None:
+        """No more work for this one; the task that tends it opens its place again."""
+        if server in self.serving:
+            self.serving.remove(server)
+            self._trouble = f"{server}: {why}"
+            logger.warning("vLLM server %s is out: %s", server, why)
+            await self._tell()
+
+    async def update(self, version: int, directory: Path) -> int:
+        """Bring all servers to these weights, or newer ones; a server that fails is out. The version then served."""
+        if version > self._newest[0]:
+            self._newest = (version, directory)
+        async with self._updating:
+            if self.version < self._newest[0]:
+                newest = self._newest
+                await asyncio.gather(*(self._take(server, *newest) for server in list(self.serving)))
+                await self._tell()
+        await self._wait(lambda: self.version >= version)
+        return self.version
+
+    async def _take(self, server: Server, version: int, directory: Path) -> None:
+        try:
+            await server.update(version, directory)
+        except ServerError as error:
+            await self.evict(server, error)
+
+    async def _tend(self, place: Place) -> None:
+        has_served = False
+        while True:
+            try:
+                server = await place.open()
+                await server.refuse_unsuitable(self._max_tokens)
+                async with self._updating:
+                    await server.update(*self._newest)
+                    self.serving.append(server)
+                    await self._tell()
+                has_served = True
+                logger.info("vLLM server %s serves version %d", server, self.version)
+                await self._watch(place, server)
+            except ServerError as error:
+                if not (has_served or isinstance(error, Unreachable)):
+                    raise RolloutError(f"{place} cannot serve the model of model.hf_path: {error}") from error
+                self._trouble = f"{place}: {error}"
+                logger.warning("%s: %s", place, error)
+            await asyncio.sleep(AGAIN_AFTER_S)
+
+    async def _watch(self, place: Place, server: Server) -> None:
+        """Returns when the server is out."""
+        while server in self.serving:
+            try:
+                place.check()
+                await server.check_health()
+            except ServerError as error:
+                await self.evict(server, error)
+            async with self._changed:
+                try:
+                    gone = self._changed.wait_for(lambda: server not in self.serving)
+                    await asyncio.wait_for(gone, HEALTH_EVERY_S)
+                except TimeoutError:
+                    continue
+
+    async def _give_up(self) -> None:
+        last = time.monotonic()
+        while time.monotonic() - last < self._timeout_s:
+            if self.serving:
+                last = time.monotonic()
+            await asyncio.sleep(1.0)
+        raise RolloutError(
+            f"no vLLM server has been there for {self._timeout_s:g} s (rollout.server_timeout_s); the last trouble was "
+            f"{self._trouble}"
+        )
+
+    async def _tell(self) -> None:
+        versions = [server.version for server in self.serving if server.version is not None]
+        self.version = max(self.version, min(versions, default=self.version))
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _wait(self, condition: Callable[[], bool]) -> None:
+        async with self._changed:
+            await self._changed.wait_for(condition)

@@ -1,0 +1,80 @@
+"""Which keys of vLLM servers go together, and what is said where something is missing; no vLLM needed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_a3po.errors import ConfigError
+
+SERVERS = "rollout.servers=['http://10.0.0.5:8000','https://node7']"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rollout.engine=vllm", SERVERS],
+        ["rollout.engine=vllm", "rollout.servers_file=not/there/yet"],
+        ["rollout.engine=vllm", SERVERS, "rollout.on_update=keep_kv", "rollout.segment_tokens=64"],
+        ["rollout.engine=vllm", SERVERS, "rollout.canary_every=1", "rollout.server_timeout_s=60"],
+    ],
+    ids=" ".join,
+)
+def test_accepted(load, overrides: list[str]):
+    load(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragments"),
+    [
+        (["rollout.launch=1"], ["rollout.launch is 1", "set rollout.engine=vllm"]),
+        (["rollout.on_update=restart"], ["rollout.on_update", "no servers"]),
+        (["rollout.engine=vllm"], ["exactly one of", "none of them"]),
+        (
+            ["rollout.engine=vllm", SERVERS, "rollout.launch=1"],
+            ["rollout.servers and rollout.launch is there"],
+        ),
+        (["rollout.engine=vllm", "rollout.servers=[]"], ["rollout.servers is empty"]),
+        (["rollout.engine=vllm", "rollout.servers=['node7:8000']"], ["no URL", "node7:8000"]),
+        (["rollout.engine=vllm", "rollout.servers=['http://a','http://a']"], ["names a server twice"]),
+        (["rollout.engine=vllm", SERVERS, "rollout.vllm_python=python"], ["no server is launched"]),
+        (["rollout.engine=vllm", SERVERS, "rollout.token_file=nowhere"], ["nowhere is not there"]),
+        (
+            ["rollout.engine=vllm", SERVERS, "rollout.fixed_staleness=1"],
+            ["rollout.fixed_staleness", "engine=local"],
+        ),
+        (["rollout.engine=vllm", "rollout.launch=0"], ["rollout.launch is 0", "at least 1"]),
+        (
+            ["rollout.engine=vllm", "rollout.launch=1", "rollout.vllm_python=nowhere"],
+            ["nowhere cannot be run"],
+        ),
+        (
+            ["rollout.engine=vllm", "rollout.launch=1", f"rollout.vllm_python={sys.executable}"],
+            ["vLLM >= 0.32"],
+        ),
+    ],
+    ids=str,
+)
+def test_refused(load, overrides: list[str], fragments: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        load(*overrides)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def interpreter(folder: Path, version: str) -> Path:
+    """A program that answers as the interpreter of an environment with this vLLM would."""
+    file = folder / "python"
+    file.write_text(f"#!/bin/sh\necho {version}\n")
+    file.chmod(0o755)
+    return file
+
+
+def test_the_version_of_launched_servers(load, tmp_path: Path):
+    keys = [
+        "rollout.engine=vllm",
+        "rollout.launch=2",
+        f"rollout.vllm_python={interpreter(tmp_path, '0.31.1')}",
+    ]
+    with pytest.raises(ConfigError, match=r"has vLLM 0\.31\.1, which does not say which weights"):
+        load(*keys)
