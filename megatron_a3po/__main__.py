@@ -78,9 +78,24 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--checkpoint", metavar="HF_DIR", help="Hugging Face checkpoint to evaluate instead"
     )
-    report = commands.add_parser("report", help="what runs did, side by side")
+    report = commands.add_parser(
+        "report", help="what runs did, side by side: a table here, and a page of figures"
+    )
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
-    commands.add_parser("doctor", help="what this machine has, and which code paths will be used")
+    report.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the page; report.html in the run directory, or in the folder above several of them, when left out",
+    )
+    report.add_argument("--watch", action="store_true", help="write the page again as the runs grow")
+    doctor = commands.add_parser("doctor", help="what this machine has, and which code paths will be used")
+    doctor.add_argument(
+        "--slurm",
+        nargs="?",
+        const="",
+        metavar="JOB",
+        help="what this Slurm job sees, or how JOB stands, in words",
+    )
     return parser
 
 

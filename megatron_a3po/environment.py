@@ -7,6 +7,7 @@ srun counts only inside a step with several tasks. No torch here; the process gr
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -39,6 +40,17 @@ def read_launch(variables: Mapping[str, str] | None = None) -> Launch:
     if _in_srun_step(variables):
         return _srun(variables)
     return Launch("self")
+
+
+def slurm_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What Slurm tells this process about its job, by name."""
+    variables = os.environ if variables is None else variables
+    return {name: text for name, text in variables.items() if name.startswith("SLURM")}
+
+
+def node_name() -> str:
+    """This node by the name Slurm has for it, elsewhere the machine's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def child_environment(**changes: str) -> dict[str, str]:

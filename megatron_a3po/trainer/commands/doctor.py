@@ -1,4 +1,4 @@
-"""`doctor`: what this machine has, and which code paths a run here will use.
+"""`doctor [--slurm [JOB]]`: what this machine has, and which code paths a run here will use; what a Slurm job sees.
 
 It looks and reports, changes nothing and needs no configuration. Versions come from package metadata; what must be
 asked of a library itself (is there a GPU?) is asked in one place.
@@ -9,13 +9,14 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from megatron_a3po.environment import read_launch
+from megatron_a3po.environment import read_launch, slurm_variables
 from megatron_a3po.errors import EXIT_DONE
+from megatron_a3po.trainer import slurm_job
 
 MISSING = "not installed"
 NVIDIA_APEX_PARTS = ("optimizers", "multi_tensor_apply")
@@ -38,18 +39,28 @@ class Machine:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report; the exit code is always 0, for a missing package is a finding, not a failure."""
+    """Print the report; the exit code is 0, for a missing package is a finding, not a failure.
+
+    Errors: InputError where --slurm finds no job.
+    """
+    if arguments.slurm:
+        _print({"That job": slurm_job.describe_job(arguments.slurm)})
+        return EXIT_DONE
+    in_a_job = arguments.slurm is not None
+    job = {"This job": slurm_job.rows(slurm_variables(), read_launch())} if in_a_job else {}
     machine = look()
     sections = {
         "This machine": hardware(machine),
         "Packages": packages(machine),
         "A run here uses": paths(machine),
     }
-    for title, rows in sections.items():
-        sys.stdout.write(f"{title}\n")
-        for name, finding in rows:
-            sys.stdout.write(f"  {name:<22}{finding}\n")
+    _print(job | sections)
     return EXIT_DONE
+
+
+def _print(sections: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+    for title, rows in sections.items():
+        sys.stdout.write(f"{title}\n" + "".join(f"  {name:<22}{finding}\n" for name, finding in rows))
 
 
 def look() -> Machine:

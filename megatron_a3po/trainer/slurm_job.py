@@ -1,0 +1,139 @@
+"""A Slurm job in words: what a process inside one sees of it, and what each of its states means.
+
+From the environment, and from `scontrol` where it can be called (in a container it often cannot). The jobs themselves
+are in `slurm/`. No torch here.
+"""
+
+import re
+import subprocess
+from collections.abc import Mapping
+
+from megatron_a3po.environment import Launch, node_name
+from megatron_a3po.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NEEDS_PERSON, EXIT_STOPPED, InputError
+
+UNKNOWN = "unknown: scontrol does not answer here"
+
+STATES: Mapping[str, str] = {
+    "PENDING": "waits for its turn (or, once requeued, for the time Slurm holds it back)",
+    "CONFIGURING": "its nodes are being made ready",
+    "RUNNING": "is under way",
+    "SUSPENDED": "was suspended, and goes on where it was when Slurm resumes it",
+    "COMPLETING": "is ending; Slurm waits for its last processes",
+    "COMPLETED": "done: the run is finished",
+    "CANCELLED": "was cancelled, with a checkpoint where there was time: submit it again to continue",
+    "FAILED": "stopped for a person: the last line of its log says why",
+    "TIMEOUT": "reached its time limit before it had stopped by itself: let --signal come earlier, submit it again",
+    "NODE_FAIL": "lost a node and may not be requeued: submit it again to continue from the last checkpoint",
+    "PREEMPTED": "made way for another job: submit it again to continue, if Slurm has not requeued it",
+    "OUT_OF_MEMORY": "used more memory than it had: ask for more, submit it again to continue",
+    "BOOT_FAIL": "a node did not start: submit it again",
+    "DEADLINE": "could not end before its deadline: submit it again with another",
+    "REVOKED": "ran in another cluster of the federation",
+}
+
+ENDINGS: Mapping[int, str] = {  # of FAILED, by the exit code of its script
+    EXIT_BAD_INPUT: "the configuration or an input is wrong: its log has the sentences; mend it, submit it again",
+    EXIT_NEEDS_PERSON: "needs a person: the last line of its log says why; then submit it again to continue",
+    EXIT_STOPPED: "stopped with a checkpoint, as it was asked to: submit it again to continue",
+    EXIT_INTERRUPTED: "was interrupted: submit it again to continue from the last checkpoint",
+}
+
+
+def rows(variables: Mapping[str, str], launched: Launch) -> list[tuple[str, str]]:
+    """What this process sees of its job. Errors: InputError outside of one."""
+    job = variables.get("SLURM_JOB_ID")
+    if job is None:
+        raise InputError(
+            "--slurm: this process is in no Slurm job (SLURM_JOB_ID is not set); run it in an allocation, for example "
+            "`salloc --nodes=2 srun python -m megatron_a3po doctor --slurm`, or name a job: --slurm JOB"
+        )
+    record = read_record(job)
+    return [
+        ("job", f"{job} ({variables.get('SLURM_JOB_NAME', '?')}), {describe(record)}"),
+        ("partition", variables.get("SLURM_JOB_PARTITION", "?")),
+        ("nodes", f"{variables.get('SLURM_JOB_NUM_NODES', '?')}: {variables.get('SLURM_JOB_NODELIST', '?')}"),
+        ("this node", f"{node_name()}, number {variables.get('SLURM_NODEID', '?')}"),
+        ("attempt", str(int(variables.get("SLURM_RESTART_COUNT", "0")) + 1)),
+        ("tasks", _tasks(variables, launched)),
+        ("rendezvous", _rendezvous(launched)),
+        ("CPUs, GPUs of the node", f"{variables.get('SLURM_CPUS_ON_NODE', '?')}, {_gpus(variables)}"),
+        ("time", _time(record)),
+        ("requeue", _requeue(record)),
+    ]
+
+
+def read_record(job: str) -> dict[str, str]:
+    """What `scontrol show job` says; nothing where it cannot be asked."""
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return dict(re.findall(r"(\S+?)=(\S*)", done.stdout.partition("\n")[0]))
+
+
+def describe(record: Mapping[str, str]) -> str:
+    """The state of a job in words."""
+    state = record.get("JobState")
+    if state is None:
+        return UNKNOWN
+    words = STATES.get(state, "see the manual of squeue")
+    code = int(record.get("ExitCode", "0:0").partition(":")[0])
+    if state == "FAILED":
+        words = ENDINGS.get(code, words)
+    return f"{state}: {words}" + (f" (exit code {code})" if code else "")
+
+
+def describe_job(job: str) -> list[tuple[str, str]]:
+    """A job as its owner sees it from outside. Errors: InputError where Slurm does not know it."""
+    record = read_record(job)
+    if not record:
+        raise InputError(
+            f"--slurm {job}: Slurm does not know this job (any more); squeue --me lists those there are"
+        )
+    return [
+        ("job", f"{job} ({record['JobName']})"),
+        ("state", describe(record)),
+        ("nodes", record.get("NodeList", "?")),
+        ("attempt", str(int(record.get("Restarts", "0")) + 1)),
+        ("time", _time(record)),
+        ("log", record.get("StdOut", "?")),
+    ]
+
+
+def _tasks(variables: Mapping[str, str], launched: Launch) -> str:
+    if launched.launcher == "srun":
+        return f"{launched.world_size}, of which this is {launched.rank}: train takes each as one rank"
+    if launched.launcher == "torchrun":
+        return f"torchrun's {launched.world_size} ranks, of which this is {launched.rank}"
+    where = "one in its step" if variables.get("SLURM_STEP_ID", "").isdigit() else "none: the batch shell"
+    return f"{where}, so train starts its ranks itself, on this node alone"
+
+
+def _rendezvous(launched: Launch) -> str:
+    return (
+        "a file, on this node"
+        if launched.launcher == "self"
+        else f"{launched.master_address}:{launched.master_port}"
+    )
+
+
+def _gpus(variables: Mapping[str, str]) -> str:
+    return variables.get("SLURM_GPUS_ON_NODE") or variables.get("SLURM_JOB_GPUS") or "none asked for"
+
+
+def _time(record: Mapping[str, str]) -> str:
+    if "RunTime" not in record:
+        return UNKNOWN
+    return f"{record['RunTime']} of {record.get('TimeLimit', '?')}, until {record.get('EndTime', '?')}"
+
+
+def _requeue(record: Mapping[str, str]) -> str:
+    if "Requeue" not in record:
+        return UNKNOWN
+    return (
+        "allowed"
+        if record["Requeue"] == "1"
+        else "not allowed: the job cannot continue by itself (--requeue)"
+    )
