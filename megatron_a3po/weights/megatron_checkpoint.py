@@ -242,7 +242,7 @@ def _write_parameter(
     shard = parameter.operation.shard(
         [source[name] for name in parameter.tensors], split.layout(tp_rank, tp_size)
     )
-    shard = shard.to(dtype or shard.dtype)
+    shard = shard.to(parameter.dtype(shard.dtype, dtype))
     # Gate and up are split each by itself, so a rank has a chunk of both.
     num_parts = 2 if axis is not None and parameter.operation is gate_up else 1
     for part, chunk in enumerate(shard.chunk(num_parts)):

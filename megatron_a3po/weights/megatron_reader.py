@@ -87,8 +87,8 @@ class MegatronReader:
         for parameter in self.table.parameters:
             key = self._placed(parameter).key
             used.add(key)
-            own = dtype or self.tensors[key].properties.dtype
-            found += [Announced(name, size, own) for name, size in parameter.tensors.items()]
+            stored = parameter.dtype(self.tensors[key].properties.dtype, dtype)
+            found += [Announced(name, size, stored) for name, size in parameter.tensors.items()]
         if left := sorted(self.tensors.keys() - used):
             raise InputError(
                 f"{self.directory} holds the tensor {left[0]}, which no {self.shape.model_type} of this shape has"
@@ -111,7 +111,7 @@ class MegatronReader:
                         f"{self.directory}: {parameter.name} makes {name} {tuple(tensor.shape)}, but config.json asks "
                         f"for {parameter.tensors[name]}; they belong to different models"
                     )
-                yield name, tensor.to(dtype or tensor.dtype)
+                yield name, tensor.to(parameter.dtype(tensor.dtype, dtype))
                 advance(tensor.numel())
 
     def read(self, parameter: Parameter) -> Tensor:

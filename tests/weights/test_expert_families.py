@@ -1,7 +1,7 @@
 """The families with experts: transformers' logits and, bit for bit, its tensors, with experts spread over ranks too."""
 
+import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,21 +99,24 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights of a family, as transformers writes them."""
-    folder = tmp_path_factory.mktemp("experts")
+def written_by_transformers(folder: Path, name: str) -> Path:
+    """Random weights of a family, of norms and of the bias of the choice of experts too."""
     torch.manual_seed(5)
-    config, keys = CONFIGS[request.param]
+    config, keys = CONFIGS[name]
     model = AutoModelForCausalLM.from_config(config(**COMMON, **keys))
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if "norm" in name:
+        for tensor_name, tensor in model.state_dict().items():
+            if "norm" in tensor_name:
                 tensor.uniform_(0.5, 1.5)
-            if name.endswith("e_score_correction_bias"):
+            if tensor_name.endswith("e_score_correction_bias"):
                 tensor.uniform_(-0.1, 0.1)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written_by_transformers(tmp_path_factory.mktemp("experts"), request.param)
 
 
 @torch.no_grad()
@@ -154,10 +157,11 @@ def _by_length(pack: Any, rows: np.ndarray) -> list[np.ndarray]:
     return np.split(rows[: bounds[-1]], bounds[:-1]) if len(bounds) else []
 
 
-def with_tensors(checkpoint: Path, folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    """The checkpoint's config.json with other weights."""
+def with_tensors(checkpoint: Path, folder: Path, tensors: dict[str, torch.Tensor], **change: Any) -> Path:
+    """The checkpoint with other weights, and changes of its config.json."""
     folder.mkdir()
-    shutil.copyfile(checkpoint / "config.json", folder / "config.json")
+    values = json.loads((checkpoint / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | change))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -182,6 +186,36 @@ def test_logits_are_transformers_and_what_was_loaded_is_written_bit_for_bit(
     assert distance < 1e-6 * largest
 
 
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("qwen3_moe", {"norm_topk_prob": False}),
+        ("qwen3_moe", {"num_experts_per_tok": 3}),
+        ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0}}),
+        ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.4}}),
+        ("deepseek_v3", {"rope_parameters": YARN | {"factor": 4.5}}),
+        ("deepseek_v3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+        ("deepseek_v3", {"routed_scaling_factor": 2.0}),
+        ("deepseek_v3", {"topk_group": 2}),
+        ("deepseek_v3", {}),
+    ],
+    ids=str,
+)
+def test_every_special_part_changes_the_logits(tmp_path: Path, family: str, change: dict[str, Any]):
+    """What the comparison with transformers could not see would prove nothing there."""
+    original = written_by_transformers(tmp_path / "original", family)
+    tensors = tensors_of(original)
+    if not change:
+        tensors = {name: tensor * (not name.endswith("bias")) for name, tensor in tensors.items()}
+    other = with_tensors(original, tmp_path / "other", tensors, **change)
+    one, another = (
+        on_actors(lambda actor: loaded_and_written(actor, tmp_path / "export"), model)[0]
+        for model in (original, other)
+    )
+    differences = [np.abs(one[name] - another[name]).max() for name in one]
+    assert max(differences) > 1e-4 * max(np.abs(logits).max() for logits in one.values())
+
+
 def test_the_table_lists_what_transformers_writes(checkpoint: Path):
     found = {name: tuple(tensor.shape) for name, tensor in tensors_of(checkpoint).items()}
     assert table_of(read_model_shape(checkpoint)).tensors == found
@@ -200,8 +234,9 @@ def test_an_actor_loads_what_was_written_without_one(checkpoint: Path, tmp_path:
         ranks=Ranks(2, 2, 2),
         padded_vocab_size=VOCAB_SIZE + 1,
     )
-    read = dict(MegatronReader(tmp_path / "megatron").hugging_face_tensors())
-    assert_identical(read, tensors_of(checkpoint))
+    reader = MegatronReader(tmp_path / "megatron")
+    assert_identical(dict(reader.hugging_face_tensors()), tensors_of(checkpoint))
+    assert_identical(dict(reader.hugging_face_tensors(torch.bfloat16)), in_half(tensors_of(checkpoint)))
 
     def load(actor: Actor) -> None:
         load_weights(actor, tmp_path / "megatron")
@@ -211,11 +246,12 @@ def test_an_actor_loads_what_was_written_without_one(checkpoint: Path, tmp_path:
     assert_identical(tensors_of(tmp_path / "export"), tensors_of(checkpoint))
 
 
+def in_half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: one if name.endswith("bias") else one.bfloat16() for name, one in tensors.items()}
+
+
 def test_half_precision_keeps_the_bias_of_the_choice_in_full(checkpoint: Path, tmp_path: Path):
-    half = {
-        name: tensor if name.endswith("bias") else tensor.bfloat16()
-        for name, tensor in tensors_of(checkpoint).items()
-    }
+    half = in_half(tensors_of(checkpoint))
     model = with_tensors(checkpoint, tmp_path / "half", half)
     on_actors(lambda actor: actor.write_hugging_face(tmp_path / "export"), model, bf16=True)
     found = tensors_of(tmp_path / "export")

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import torch
+
 from megatron_a3po.config import ModelShape
 from megatron_a3po.weights.operations import Operation
 
@@ -30,6 +32,7 @@ class Rule:
     hugging_face: tensor names and their sizes in the operation's order: {"lm_head.weight": "vocab hidden"}.
     fused: its name under Transformer Engine where that differs, which is also the name distributed checkpoints use.
     present: what it needs to be there.
+    keeps_dtype: a change of precision leaves it as it is.
     """
 
     megatron: str
@@ -37,6 +40,7 @@ class Rule:
     hugging_face: Mapping[str, str]
     fused: str | None = None
     present: Presence = "always"
+    keeps_dtype: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class Parameter:
     expert: int | None
     operation: Operation
     tensors: Mapping[str, tuple[int, ...]]  # Hugging Face name -> shape
+    keeps_dtype: bool = False
+
+    def dtype(self, own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+        """Its precision where `wanted` is asked for, None being the one it has."""
+        return own if wanted is None or self.keeps_dtype else wanted
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,7 @@ def _filled_in(rule: Rule, layer: int | None, expert: int | None, known: dict[st
         layer=layer,
         expert=expert,
         operation=rule.operation,
+        keeps_dtype=rule.keeps_dtype,
         tensors={
             named(name): tuple(known[word] for word in dims.split())
             for name, dims in rule.hugging_face.items()

@@ -64,6 +64,7 @@ SCORE_BIAS = (
         copy,
         {HF_LAYER + "mlp.gate.e_score_correction_bias": "experts"},
         present="sparse layers",
+        keeps_dtype=True,
     ),
 )
 SHARED_EXPERTS = (
