@@ -1,7 +1,7 @@
-"""What users bring and `train` cannot use: one sentence, exit code 2, before anything heavy is imported.
+"""What users bring and `train` cannot use: one sentence and exit code 2, mostly before anything heavy is imported.
 
-Each is made by damaging a folder that is fine, which the first test starts with. The tensors themselves, which are
-looked at once torch is there, are in tests/weights/test_sources.py.
+Each is made by damaging a folder that is fine, which the first test starts with. More of what tensors can be wrong is
+in tests/weights/test_sources.py.
 """
 
 import json
@@ -15,12 +15,34 @@ from pathlib import Path
 import pytest
 
 from tests.run_files import MODEL, ROWS, write_model, write_rows, write_run
-from tests.safetensors_files import safetensors_bytes
+from tests.safetensors_files import Tensors, safetensors_bytes
 from tests.test_main import assert_refused, command
+from tests.trainer.command import run
 
-EMBEDDING = {"model.embed_tokens.weight": ("BF16", (MODEL["vocab_size"], MODEL["hidden_size"]))}
-NORM = {"model.norm.weight": ("BF16", (MODEL["hidden_size"],))}
-WEIGHT_MAP = {"model.embed_tokens.weight": "model-1.safetensors", "model.norm.weight": "model-2.safetensors"}
+HIDDEN, FFN, KEY_VALUE = MODEL["hidden_size"], MODEL["intermediate_size"], MODEL["hidden_size"] // 2
+OF_A_LAYER = {
+    "input_layernorm.weight": (HIDDEN,),
+    "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+    "self_attn.q_proj.bias": (HIDDEN,),
+    "self_attn.k_proj.weight": (KEY_VALUE, HIDDEN),
+    "self_attn.k_proj.bias": (KEY_VALUE,),
+    "self_attn.v_proj.weight": (KEY_VALUE, HIDDEN),
+    "self_attn.v_proj.bias": (KEY_VALUE,),
+    "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+    "post_attention_layernorm.weight": (HIDDEN,),
+    "mlp.gate_proj.weight": (FFN, HIDDEN),
+    "mlp.up_proj.weight": (FFN, HIDDEN),
+    "mlp.down_proj.weight": (HIDDEN, FFN),
+}
+LAYERS: Tensors = {
+    f"model.layers.{layer}.{name}": ("BF16", size)
+    for layer in range(MODEL["num_hidden_layers"])
+    for name, size in OF_A_LAYER.items()
+}
+EMBEDDING: Tensors = {"model.embed_tokens.weight": ("BF16", (MODEL["vocab_size"], HIDDEN))}
+NORM: Tensors = {"model.norm.weight": ("BF16", (HIDDEN,))}
+FIRST, SECOND = "model-1.safetensors", "model-2.safetensors"
+WEIGHT_MAP = dict.fromkeys([*EMBEDDING, *LAYERS], FIRST) | dict.fromkeys(NORM, SECOND)
 
 
 @pytest.fixture
@@ -28,16 +50,16 @@ def run_file(tmp_path: Path) -> Path:
     """A run on pretrained weights in two shards."""
     file = write_run(tmp_path)
     file.write_text(file.read_text().replace("initialization: random", "initialization: pretrained"))
-    for number, tensors in enumerate((EMBEDDING, NORM), start=1):
-        (tmp_path / "model" / f"model-{number}.safetensors").write_bytes(safetensors_bytes(tensors))
+    for name, tensors in ((FIRST, EMBEDDING | LAYERS), (SECOND, NORM)):
+        (tmp_path / "model" / name).write_bytes(safetensors_bytes(tensors))
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": WEIGHT_MAP}))
     return file
 
 
 def test_the_folder_is_fine_before_it_is_damaged(run_file: Path):
-    outcome = command(run_file.parent, "train", "--dry-run", str(run_file))
-    assert outcome.exit_code == 0, outcome.stderr
-    assert outcome.watched == []
+    ended = run(run_file.parent / "out", "train", "--dry-run", str(run_file))
+    assert ended.code == 0, ended.output
+    assert "hf_path" in ended.output
 
 
 def shard(tensors: dict) -> Callable[[Path], object]:
@@ -111,6 +133,49 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["data.train: ", "train.jsonl:5 has messages", "chat_template.jinja"],
     ),
 }
+
+
+def change(model: Path) -> None:
+    """Another family's config.json: Llama has no biases."""
+    write_model(model, model_type="llama")
+
+
+def fewer(model: Path) -> None:
+    write_model(model, num_key_value_heads=4)
+
+
+OTHERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "unknown tensor": (
+        shard({**NORM, "model.layers.0.mlp.experts.0.up_proj.weight": ("BF16", (4, 4))}),
+        [
+            "is not the qwen2 model",
+            "has model.layers.0.mlp.experts.0.up_proj.weight, which is none of its tensors",
+        ],
+    ),
+    "another family": (change, ["is not the llama model", "self_attn.k_proj.bias"]),
+    "another shape": (
+        fewer,
+        [
+            "model-1.safetensors has model.layers.0.self_attn.k_proj.weight of shape (32, 64)",
+            "asks for (64, 64)",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", [["--dry-run"], []], ids=["dry run", "run"])
+@pytest.mark.parametrize(("damage", "fragments"), OTHERS.values(), ids=OTHERS)
+def test_tensors_that_are_not_the_models(
+    run_file: Path, damage: Callable[[Path], object], fragments: list[str], mode: list[str]
+):
+    """What takes torch to know; the ranks of a run look before they join."""
+    damage(run_file.parent / "model")
+    overrides = ["actor.tensor_model_parallel_size=2", f"run_dir={run_file.parent}/run"]
+    ended = run(run_file.parent / "out", "train", str(run_file), *mode, *overrides)
+    assert ended.code == 2, ended.output
+    (said,) = ended.output.splitlines()
+    assert all(fragment in said for fragment in fragments), said
+    assert said.endswith(".")
 
 
 @pytest.mark.parametrize(("damage", "fragments"), REFUSED.values(), ids=REFUSED)

@@ -32,9 +32,8 @@ from megatron_a3po.trainer.rollout_state import read_rollout_state
 from megatron_a3po.trainer.source import LiveSource, ReplaySource, from_main
 from megatron_a3po.trainer.summary import closing_lines
 from megatron_a3po.trainer.warm_start import demonstrations, warm_start
-from megatron_a3po.weights.families import table_of
 from megatron_a3po.weights.publishing import version_directory
-from megatron_a3po.weights.sources import check_tensors
+from megatron_a3po.weights.sources import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ def run_rank(config: Config, place: Place, beginning: Beginning | None, resume: 
     decided = config.run_dir if beginning else None
     step_filter = set_up_logs(decided, f"rank-{place.rank}", speaks=place.rank == 0)
     try:
-        _check_weights(config)
+        check_weights(config.model)
         grid = build_grid(
             config.actor,
             rank=place.rank,
@@ -93,13 +92,6 @@ def run_rank(config: Config, place: Place, beginning: Beginning | None, resume: 
         set_up_logs(decided, f"rank-{place.rank}", speaks=False)
         logger.critical("rank %d failed:\n%s", place.rank, traceback.format_exc())
         raise
-
-
-def _check_weights(config: Config) -> None:
-    """InputError where the weights are not the model's, by their files' headers, before a device is touched."""
-    if config.model.initialization == "pretrained":
-        folder = Path(config.model.hf_path)
-        check_tensors(folder, table_of(read_model_shape(folder)))
 
 
 def _show_finished(grid: Grid, beginning: Beginning) -> int:

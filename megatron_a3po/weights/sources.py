@@ -16,9 +16,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_a3po.config import read_model_shape
+from megatron_a3po.config.model import ModelSection
 from megatron_a3po.config.weight_files import TensorHeader, listed, read_headers
 from megatron_a3po.errors import InputError
-from megatron_a3po.weights.families import Table
+from megatron_a3po.weights.families import Table, table_of
 from megatron_a3po.weights.operations import SliceReader
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,12 @@ class SafetensorsSource(Mapping[str, SliceReader]):
 
     def __len__(self) -> int:
         return len(self._headers)
+
+
+def check_weights(model: ModelSection) -> None:
+    """InputError where what a run would begin with is not its model's, see `check_tensors`. No device is touched."""
+    if model.initialization == "pretrained":
+        check_tensors(Path(model.hf_path), table_of(read_model_shape(model.hf_path)))
 
 
 def check_tensors(directory: Path, table: Table) -> dict[str, TensorHeader]:

@@ -1,6 +1,7 @@
 """`train CONFIG [key=value ...] [--dry-run] [--resume auto|never|PATH]`: check everything, then start the run.
 
-Up to the last line nothing heavy is imported and no process is started: whatever is wrong is said at once.
+Up to the last line nothing heavy is imported and no process is started: whatever is wrong is said at once. Only a dry
+run on pretrained weights that are fine so far goes on to compare them, tensor by tensor, with what the model needs.
 """
 
 import argparse
@@ -28,6 +29,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print_plan(config: Config, world_size: int | None) -> None:
+    if config.model.initialization == "pretrained":
+        # What the weights must be is known where torch is; a run checks the same as its first deed.
+        from megatron_a3po.weights.sources import check_weights
+
+        check_weights(config.model)
     shape = read_model_shape(config.model.hf_path)
     lines = plan_lines(config, shape, data_parallel_size(config, world_size))
     sys.stdout.write(to_yaml(config) + "\n" + "\n".join(lines) + "\n")
