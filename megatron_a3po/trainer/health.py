@@ -20,7 +20,7 @@ FILTERED = "rollout/filtered_groups"
 PATIENCE = 3  # rows running
 MISMATCH_LIMIT, BF16_MISMATCH_LIMIT = 1e-3, 5e-2
 WEIGHT_ERROR_LIMIT = 0.01  # the documented range is 0.001 to 0.01; less is better
-WEIGHT_LIMIT = 10.0  # r above it, or below its inverse
+WEIGHT_LIMIT = 20.0  # r above it, or below its inverse: of thousands of tokens one may well reach 4 or 0.2
 STALENESS_LIMIT = 10.0
 FIRST_ROWS = 5  # whose median entropy is where a run comes from
 COLLAPSED = 0.1  # of that
@@ -151,8 +151,9 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
 def number(row: Row, name: str) -> float | None:
     """A metric that is there and is a finite number."""
     value = row.get(name)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def _approximation_rule(method: str, staleness_key: str) -> Rule:

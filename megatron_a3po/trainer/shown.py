@@ -6,7 +6,7 @@ the device; after the last update they are read and brought to rank 0, in the st
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol
 
 import numpy as np
 import torch.distributed as dist
@@ -29,12 +29,10 @@ class Decoder(Protocol):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
 
 
-class UpdateFigures(TypedDict):
-    """Of the trained tokens of one trajectory, in their order."""
-
-    logp: list[float]
-    importance_weight: list[float]
-    clipped: list[bool]
+Figures = dict[
+    str, list[Any]
+]  # logp, importance_weight and clipped of a trajectory's trained tokens, in order
+FIGURES = ("logp", "importance_weight", "clipped")
 
 
 @dataclass
@@ -42,10 +40,8 @@ class Shown:
     """The first trajectory of a few groups, spread over the batch; none in a step that shows none."""
 
     groups: list[Group]
-    figures: dict[str, UpdateFigures] = field(
-        default_factory=dict
-    )  # by name; complete on every rank once gathered
-    _kept: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    figures: dict[str, Figures] = field(default_factory=dict)  # by name; complete on every rank once gathered
+    _kept: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batch: Batch, step: int, sample_every: int, limit: int = LIMIT) -> "Shown":
@@ -68,8 +64,7 @@ class Shown:
             last = first + int(np.count_nonzero(sequence.loss_mask))
             if sequence.name in names:
                 vectors = (output.logp, token_loss.importance_weight, token_loss.clipped)
-                logp, weight, clipped = (vector[first:last].detach() for vector in vectors)
-                self._kept[sequence.name] = (logp, weight, clipped)
+                self._kept[sequence.name] = tuple(vector[first:last].detach() for vector in vectors)
             first = last
 
     def gather(self, grid: Grid) -> None:
@@ -77,12 +72,10 @@ class Shown:
         if not self.groups:
             return
         own = {
-            name: UpdateFigures(
-                logp=logp.tolist(), importance_weight=weight.tolist(), clipped=clipped.tolist()
-            )
-            for name, (logp, weight, clipped) in self._kept.items()
+            name: dict(zip(FIGURES, (vector.tolist() for vector in vectors), strict=True))
+            for name, vectors in self._kept.items()
         }
-        everyone: list[dict[str, UpdateFigures]] = [{} for _ in range(grid.world_size)]
+        everyone: list[dict[str, Figures]] = [{} for _ in range(grid.world_size)]
         dist.all_gather_object(everyone, own, group=grid.host_group)
         for figures in everyone:
             self.figures |= figures
@@ -95,7 +88,7 @@ class Shown:
 
     def _row(self, group: Group, trajectory: Trajectory, tokenizer: Decoder) -> dict[str, Any]:
         tokens = trajectory.tokens.tolist()
-        figures = self.figures.get(trajectory.name, UpdateFigures(logp=[], importance_weight=[], clipped=[]))
+        figures = self.figures.get(trajectory.name, {name: [] for name in FIGURES})
         # A trajectory left out of the loss has none; else its trained tokens are its last ones.
         padding = [None] * (len(tokens) - len(figures["logp"]))
         return {

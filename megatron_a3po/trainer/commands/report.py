@@ -1,64 +1,47 @@
-"""`report RUN_DIR ...`: what runs did, side by side, from their summaries, metrics and configurations.
+"""`report RUN_DIR ...`: what runs did, side by side: a table on the terminal, and a page of figures in a file.
 
-Crashed and unfinished runs have a column like all others, of what they recorded. Imports no torch.
+Crashed and unfinished runs are reported like all others, by what they recorded. Imports no torch.
 """
 
 import argparse
+import os
 import sys
-from dataclasses import dataclass
+import time
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from yaml import YAMLError
 
-from megatron_a3po.config.difference import flat
 from megatron_a3po.errors import EXIT_DONE, InputError
-from megatron_a3po.trainer.recording import METRICS, read_metrics
-from megatron_a3po.trainer.summary import SUMMARY, duration, mean_of, read_summary
+from megatron_a3po.trainer.recording import METRICS
+from megatron_a3po.trainer.recovery import write_aside
+from megatron_a3po.trainer.report.page import page
+from megatron_a3po.trainer.report.past import Past, is_run, read_past
+from megatron_a3po.trainer.report.verdict import differing_keys, figures
+from megatron_a3po.trainer.summary import SUMMARY
 
-NOTHING = "-"
-EDGE_STEPS = 10  # the first and the last few steps, whose rewards are compared
+PAGE = "report.html"
 PIPE_WIDTH = 240
-
-
-@dataclass(frozen=True)
-class Past:
-    """What a run directory holds of its run."""
-
-    directory: Path
-    config: dict[str, Any]  # dotted key -> value
-    rows: list[dict[str, Any]]
-    summary: dict[str, Any] | None
+WATCH_S = 10
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table."""
+    """Print the table, write the page; with --watch until every run has ended, or ctrl-C."""
     directories = [Path(name) for name in arguments.run_dirs]
     if problems := [_no_run(directory) for directory in directories if not is_run(directory)]:
         raise InputError(problems)
+    out = Path(arguments.out) if arguments.out else _default_out(directories)
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-    console.print(comparison([read_past(directory) for directory in directories]))
+    pasts = [read_past(directory) for directory in directories]
+    console.print(comparison(pasts))
+    console.print(f"page: {out.resolve()}", soft_wrap=True, markup=False, highlight=False)
+    _write(out, pasts, watched=arguments.watch)
+    while arguments.watch and any(past.summary is None for past in pasts):
+        time.sleep(WATCH_S)
+        pasts = [read_past(directory) for directory in directories]
+        _write(out, pasts, watched=True)
     return EXIT_DONE
-
-
-def is_run(directory: Path) -> bool:
-    """A run that died early has a configuration and logs; a folder with only a configuration is none."""
-    recorded = any((directory / name).is_file() for name in (METRICS, SUMMARY))
-    return recorded or ((directory / "config.yaml").is_file() and (directory / "logs").is_dir())
-
-
-def read_past(directory: Path) -> Past:
-    """Errors: InputError names a file that is damaged."""
-    file = directory / "config.yaml"
-    try:
-        config = flat(OmegaConf.to_container(OmegaConf.load(file), resolve=False)) if file.is_file() else {}
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        raise InputError(f"{file} is not readable: {str(error).splitlines()[0]}.") from None
-    return Past(directory, config, read_metrics(directory), read_summary(directory))
 
 
 def comparison(pasts: list[Past]) -> Table:
@@ -66,69 +49,33 @@ def comparison(pasts: list[Past]) -> Table:
     table = Table()
     table.add_column("run", no_wrap=True)
     for past in pasts:
-        table.add_column(str(past.directory), overflow="fold")
+        table.add_column(escape(str(past.directory)), overflow="fold")
     columns = [figures(past) for past in pasts]
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
     table.add_section()
-    for key in dict.fromkeys(key for past in pasts for key in past.config):
-        values = [str(past.config.get(key, NOTHING)) for past in pasts]
-        if key != "run_dir" and len(set(values)) > 1:
-            table.add_row(key, *values)
+    for key, values in differing_keys(pasts).items():
+        table.add_row(key, *map(escape, values))
     return table
 
 
-def figures(past: Past) -> dict[str, str]:
-    """Label -> text of one run."""
-    rows, summary = past.rows, past.summary or {}
-    before, after = _accuracies(past)
-    gain = None if before is None or after is None else after - before
-    seconds, waited = mean_of(rows, "time/step"), mean_of(rows, "time/wait_for_samples")
-    tokens = mean_of(rows, "tokens/trained")
-    stalest = [row["staleness/max"] for row in rows if row.get("staleness/max") is not None]
-    multi_version = summary.get("multi_version_fraction", mean_of(rows, "rollout/multi_version_fraction"))
-    return {
-        "status": _status(past),
-        "starts": str(rows[-1].get("attempt", NOTHING)) if rows else NOTHING,
-        "wall time": NOTHING if "wall_seconds" not in summary else duration(summary["wall_seconds"]),
-        "accuracy, before": _number(before, ".3f"),
-        "accuracy, latest": _number(after, ".3f"),
-        "gain": _number(gain, "+.3f"),
-        f"reward, first {EDGE_STEPS} steps": _number(mean_of(rows[:EDGE_STEPS], "reward/avg"), ".3f"),
-        f"reward, last {EDGE_STEPS} steps": _number(mean_of(rows[-EDGE_STEPS:], "reward/avg"), ".3f"),
-        "staleness, mean": _number(mean_of(rows, "staleness/avg"), ".2f"),
-        "staleness, largest": _number(max(stalest, default=None), ".0f"),
-        "of several versions": _number(multi_version, ".0%"),
-        "forwards per token": _number(mean_of(rows, "forwards_per_token"), ".4g"),
-        "updates skipped": _number(sum(row.get("steps_skipped") or 0 for row in rows), ".0f"),
-        "seconds per step": _number(seconds, ".3g"),
-        "trained tokens/s": _number(tokens / seconds if tokens and seconds else None, ",.0f"),
-        "waiting for samples": _number(waited / seconds if waited is not None and seconds else None, ".0%"),
-    }
+def _write(out: Path, pasts: list[Past], *, watched: bool) -> None:
+    """A page that is watched loads itself again for as long as a run goes on."""
+    goes_on = watched and any(past.summary is None for past in pasts)
+    text = page(pasts, reload_s=WATCH_S if goes_on else None)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(out, text)
+    except OSError as error:
+        raise InputError(
+            f"{out} cannot be written ({error.strerror}): name another file with --out."
+        ) from None
 
 
-def _accuracies(past: Past) -> tuple[float | None, float | None]:
-    """Before the first step, and the latest: after the last step, or where a run has got to."""
-    if past.summary is not None:
-        return past.summary.get("accuracy_before"), past.summary.get("accuracy_after")
-    found = {
-        row["evaluation/version"]: row.get("evaluation/accuracy")
-        for row in past.rows
-        if "evaluation/version" in row
-    }
-    latest = max(found, default=0)
-    return found.get(0), found[latest] if latest > 0 else None
-
-
-def _status(past: Past) -> str:
-    if past.summary is not None:
-        return f"{past.summary['status']}, {past.summary['steps']} steps"
-    reached, planned = past.rows[-1]["step"] if past.rows else 0, past.config.get("trainer.steps", "?")
-    return f"unfinished, step {reached} of {planned}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return NOTHING if value is None else f"{value:{form}}"
+def _default_out(directories: list[Path]) -> Path:
+    if len(directories) == 1:
+        return directories[0] / PAGE
+    return Path(os.path.commonpath([directory.resolve().parent for directory in directories])) / PAGE
 
 
 def _no_run(directory: Path) -> str:

@@ -1,0 +1,70 @@
+"""Pages in a real browser: Chromium without a window, with a profile of its own that is thrown away."""
+
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+LEFT_OUT = "no Chromium: `apt-get install chromium`"
+TIMEOUT_S = 120
+OPTIONS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+    *(
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--enable-logging=stderr",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The document after its scripts, and what they said on the console."""
+
+    document: str
+    console: list[str]
+
+    def noted(self, name: str) -> str:
+        """The value of data-<name> of the root element, which scripts leave notes in."""
+        found = re.search(rf'<html[^>]* data-{name}="([^"]*)"', self.document)
+        assert found, f"no data-{name}; console: {self.console}"
+        return found.group(1)
+
+
+@functools.cache
+def chromium() -> str | None:
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def open_page(page: Path, *, width: int = 1280, dark: bool = False, then: str = "") -> Opened:
+    """Open a file from disk; `then` is a script that runs at the end of it. Skips where there is no browser."""
+    if (program := chromium()) is None:
+        pytest.skip(LEFT_OUT)
+    with tempfile.TemporaryDirectory() as folder:
+        opened = page
+        if then:
+            opened = Path(folder) / "page.html"
+            script = f"<script>queueMicrotask(() => {{ {then} }});</script></body>"
+            opened.write_text(page.read_text().replace("</body>", script))
+        ended = subprocess.run(
+            [
+                program,
+                *OPTIONS,
+                f"--user-data-dir={folder}/profile",
+                f"--window-size={width},900",
+                f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+                "--dump-dom",
+                opened.as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=True,
+        )
+    return Opened(ended.stdout, re.findall(r"^\[.*CONSOLE.*$", ended.stderr, re.MULTILINE))

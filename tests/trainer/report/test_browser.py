@@ -1,0 +1,159 @@
+"""The page in a real browser: it opens, quickly, without a word on the console, and its figures are there."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_a3po.trainer.report.page import page
+from megatron_a3po.trainer.report.past import read_past
+from tests.browser import Opened, open_page
+from tests.trainer.report.runs import sample_of, write_run
+
+MOST_BYTES = 5_000_000
+OPENS_MS = 3000
+WIDER = "document.documentElement.dataset.wider = document.documentElement.scrollWidth - innerWidth;"
+# How many pixels of each canvas have been painted on, the least of all.
+PAINTED = """
+const inked = pixels => pixels.data.filter((value, index) => index % 4 == 3 && value).length;
+const painted = [...document.querySelectorAll('canvas')].map(canvas =>
+  inked(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height)));
+document.documentElement.dataset.painted = Math.min(...painted);
+"""
+ALL_FIGURES = 18
+
+
+def written(*run_dirs: Path) -> Path:
+    file = run_dirs[0].parent / "page.html"
+    file.write_text(page([read_past(run_dir) for run_dir in run_dirs]), encoding="utf-8")
+    assert file.stat().st_size < MOST_BYTES
+    return file
+
+
+def titles(opened: Opened) -> list[str]:
+    return [part.partition("<")[0] for part in opened.document.split("<h3>")[1:]]
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(write_run(tmp_path_factory.mktemp("long") / "run", 10_000))
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_ten_thousand_steps(long_run: Path, width: int, dark: bool):
+    opened = open_page(long_run, width=width, dark=dark, then=WIDER + PAINTED)
+    assert not opened.console
+    assert int(opened.noted("drawn-ms")) < OPENS_MS
+    assert len(titles(opened)) == opened.document.count("<canvas") == ALL_FIGURES
+    assert int(opened.noted("wider")) <= 0
+    assert int(opened.noted("painted")) > 100
+
+
+def test_one_step(tmp_path: Path):
+    opened = open_page(written(write_run(tmp_path / "short", 1)), then=PAINTED)
+    assert not opened.console
+    assert len(titles(opened)) == ALL_FIGURES
+    assert int(opened.noted("painted")) > 100
+
+
+def test_a_crashed_run_and_one_that_recorded_nothing(tmp_path: Path):
+    run = write_run(tmp_path / "crashed", 7)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (run / name).write_bytes((run / name).read_bytes()[:-30])
+    opened = open_page(written(run))
+    assert not opened.console
+    assert "unfinished, step 6 of 10000" in opened.document
+    assert len(titles(opened)) == ALL_FIGURES
+    (run / "metrics.jsonl").unlink()
+    (run / "samples.jsonl").unlink()
+    opened = open_page(written(run))
+    assert not opened.console
+    assert "No step was recorded." in opened.document
+    assert titles(opened) == []
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "many", [1]])
+def test_a_metric_that_is_no_number(tmp_path: Path, value: object):
+    run = write_run(tmp_path / "odd", 5)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[2] |= dict.fromkeys(
+        ("loss", "grad_norm", "reward/avg", "staleness/max", "time/publish", "tokens/trained"), value
+    )
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened = open_page(written(run))
+    assert not opened.console
+    assert len(titles(opened)) == ALL_FIGURES
+
+
+def test_several_runs_share_their_figures(tmp_path: Path):
+    runs = [write_run(tmp_path / name, steps) for name, steps in (("one", 40), ("other", 1500), ("third", 3))]
+    opened = open_page(written(*runs), then=PAINTED)
+    assert not opened.console
+    assert int(opened.noted("painted")) > 100
+    found = titles(opened)
+    assert len(found) == ALL_FIGURES + 2 * 2  # a stack is of one run
+    assert "Seconds of a step: other" in found
+    reward = opened.document.split("<h3>Sampled reward")[1].split("</figure>")[0]
+    assert all(f">{name}" in reward for name in ("one", "other", "third"))
+
+
+TOUCH = """
+const notes = document.documentElement.dataset;
+const tokens = () => [...document.querySelectorAll('details[open] .token')];
+notes.versions = new Set(tokens().map(token => token.style.background)).size;
+notes.clipped = tokens().filter(token => token.classList.contains('clipped')).length;
+notes.seams = tokens().filter(token => token.classList.contains('seam')).length;
+tokens()[1].click();
+notes.said = document.querySelector('details[open] .response + .quiet').textContent;
+document.querySelector('input[value=weight]').click();
+notes.weights = tokens().map(token => token.style.background).join(' ');
+"""
+
+
+def test_sampled_responses_are_coloured_by_version_and_by_weight(tmp_path: Path):
+    run = write_run(tmp_path / "sampled", 2, num_samples=0)
+    sample = sample_of(5, np.random.default_rng(1), length=4)
+    sample |= {"importance_weight": [None, 0.5, 1.0, 1.0, 2.0], "clipped": [None, False, False, False, True]}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    opened = open_page(written(run), then=TOUCH)
+    assert not opened.console
+    assert {name: opened.noted(name) for name in ("versions", "clipped", "seams")} == {
+        "versions": "2",
+        "clipped": "1",
+        "seams": "1",
+    }
+    assert opened.noted("said").startswith(
+        "Token 2, &quot;word &quot;: version 2, 2 behind, sampled with log-prob -0.5"
+    )
+    assert opened.noted("weights").count("transparent") == 2
+
+
+def test_nothing_of_a_run_is_taken_for_markup(tmp_path: Path):
+    attack = (
+        "</script><script>document.documentElement.dataset.owned = 1</script><img src=x onerror=alert(1)>"
+    )
+    run = write_run(
+        tmp_path / "<img src=x onerror=document.documentElement.dataset.owned=1>", 3, num_samples=0
+    )
+    samples = [
+        sample_of(1, np.random.default_rng(1), length=2) | {"prompt": attack, "texts": ["", attack, ""]}
+    ]
+    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    (run / "config.yaml").write_text(f"model:\n  hf_path: {json.dumps(attack)}\n")
+    opened = open_page(written(run))
+    assert not opened.console
+    root = opened.document.partition("<html")[2].partition(">")[0]
+    assert "data-drawn-ms" in root
+    assert "data-owned" not in root
+    assert "<img" not in opened.document
+
+
+def test_half_a_character_is_no_obstacle(tmp_path: Path):
+    run = write_run(tmp_path / "odd", 1, num_samples=0)
+    sample = sample_of(1, np.random.default_rng(1), length=1) | {
+        "texts": ["", "\ud800"],
+        "response": "\ud800",
+    }
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    assert "\\ud800" in written(run).read_text(encoding="utf-8")
