@@ -27,7 +27,6 @@ from megatron_a3po.config.difference import differing_keys
 from megatron_a3po.errors import ConfigError, InputError
 from megatron_a3po.trainer.rollout_state import write_rollout_state
 from megatron_a3po.weights.aside import written_aside
-from megatron_a3po.weights.hugging_face import FORMAT as WEIGHTS_FORMAT
 from megatron_a3po.weights.manifest import damage, write_manifest
 
 FORMAT = 2  # 2: layers by number, rollouts without a pickle
@@ -194,6 +193,8 @@ def keep_reference(directory: Path, checkpoint: Path) -> None:
 
     Errors: InputError where there is none, or it is damaged.
     """
+    from megatron_a3po.weights.hugging_face import FORMAT as WEIGHTS_FORMAT  # brings torch; reports do without
+
     theirs = reference_directory(checkpoint.parent.parent)
     if not theirs.is_dir():
         raise InputError(
