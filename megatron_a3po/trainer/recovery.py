@@ -193,7 +193,8 @@ def keep_reference(directory: Path, checkpoint: Path) -> None:
 
     Errors: InputError where there is none, or it is damaged.
     """
-    from megatron_a3po.weights.hugging_face import FORMAT as WEIGHTS_FORMAT  # brings torch; reports do without
+    # It brings torch along, which reports do without.
+    from megatron_a3po.weights.hugging_face import FORMAT as WEIGHTS_FORMAT
 
     theirs = reference_directory(checkpoint.parent.parent)
     if not theirs.is_dir():
