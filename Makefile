@@ -15,7 +15,8 @@ BIN_NEWEST = $(VENV_NEWEST)/bin
 # The newest pair that is supported; pyproject.toml has the range.
 MEGATRON_NEWEST = megatron-core==0.19.2
 INSTALL_INPUTS = pyproject.toml setup.py tools/install.sh
-NEWEST_TESTS = tests/actor tests/weights tests/vocab_parallel tests/distributed tests/trainer/test_resume.py
+NEWEST_TESTS = tests/actor tests/weights tests/vocab_parallel tests/distributed tests/trainer/test_resume.py \
+	tests/tools/test_convert_checkpoint.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-vllm quickstart quickstart-vllm test test-slow test-newest check format gpu-check

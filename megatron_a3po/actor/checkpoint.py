@@ -5,7 +5,7 @@ remember lies beside it and is the trainer's business (`trainer/recovery.py`).
 """
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from multiprocessing.managers import SyncManager
@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_a3po.actor.actor import Actor
-from megatron_a3po.actor.model import unwrap
+from megatron_a3po.actor.model import TargetPolicy, unwrap
 from megatron_a3po.actor.optimizer import Optimizer
 from megatron_a3po.lifetime import be_a_servant
 from megatron_a3po.weights.megatron_checkpoint import CONTENT_METADATA, describe
@@ -56,25 +56,25 @@ def load(actor: Actor, directory: Path) -> None:
         _ensure_moments(optimizer)
     with _torch_adam_step_is_carried(optimizers):
         state: Any = dist_checkpointing.load(_sharded_state(actor, is_loading=True), str(directory))
-        for number, chunk in enumerate(actor.model):
-            unwrap(chunk).load_state_dict(state[_model_key(actor, number)])
+        for key, chunk in _by_key(actor.model).items():
+            chunk.load_state_dict(state[key])
         _optimizer(actor).megatron.load_state_dict(state["optimizer"])
     for optimizer in optimizers:
         _give_each_parameter_its_own_step(optimizer.optimizer)
     _optimizer(actor).scheduler.load_state_dict(state["scheduler"])
 
 
-def load_weights(actor: Actor, directory: Path) -> None:
-    """The model's weights alone, of a checkpoint that may have nothing else. Collective over all ranks."""
+def load_weights(model: Sequence[torch.nn.Module], directory: Path) -> None:
+    """The stages' weights alone, of a checkpoint that may have nothing else. Collective over all ranks."""
     refuse_code(directory)
-    state: Any = dist_checkpointing.load(_sharded_models(actor), str(directory))
-    for number, chunk in enumerate(actor.model):
-        unwrap(chunk).load_state_dict(state[_model_key(actor, number)])
+    state: Any = dist_checkpointing.load(_sharded_stages(model), str(directory))
+    for key, chunk in _by_key(model).items():
+        chunk.load_state_dict(state[key])
 
 
 def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
     optimizer = _optimizer(actor)
-    state = _sharded_models(actor)
+    state = _sharded_stages(actor.model)
     with _buckets_counted_with_padding(optimizer):
         state["optimizer"] = optimizer.megatron.sharded_state_dict(
             state, is_loading=is_loading, metadata=dict(_METADATA)
@@ -83,11 +83,14 @@ def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
     return state
 
 
-def _sharded_models(actor: Actor) -> dict[str, Any]:
-    return {
-        _model_key(actor, number): unwrap(chunk).sharded_state_dict(metadata=dict(_METADATA))
-        for number, chunk in enumerate(actor.model)
-    }
+def _sharded_stages(model: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    return {key: stage.sharded_state_dict(metadata=dict(_METADATA)) for key, stage in _by_key(model).items()}
+
+
+def _by_key(model: Sequence[torch.nn.Module]) -> dict[str, TargetPolicy]:
+    """The stages by the names that Megatron-Core gives them in a checkpoint."""
+    stages = [unwrap(chunk) for chunk in model]
+    return {"model": stages[0]} if len(stages) == 1 else {f"model{i}": one for i, one in enumerate(stages)}
 
 
 def _layout(actor: Actor) -> dict[str, Any]:
@@ -107,10 +110,6 @@ def _layout(actor: Actor) -> dict[str, Any]:
 def _optimizer(actor: Actor) -> Optimizer:
     assert actor.optimizer is not None, "a checkpoint belongs to a training stage"
     return actor.optimizer
-
-
-def _model_key(actor: Actor, number: int) -> str:
-    return "model" if len(actor.model) == 1 else f"model{number}"
 
 
 def _ensure_moments(optimizer: DistributedOptimizer) -> None:

@@ -70,6 +70,7 @@ class WrittenFile:
     def __init__(self, path: Path, *, with_checksum: bool) -> None:
         self.path, self._sha256 = path, hashlib.sha256() if with_checksum else None
         self._file = path.open("wb")
+        self.failure: OSError | None = None  # for who is told of it by a library, in other words
 
     def write(self, data: bytes | memoryview) -> int:
         with self._named():
@@ -95,7 +96,8 @@ class WrittenFile:
         try:
             yield
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
+            self.failure = OSError(error.errno, error.strerror, str(self.path))
+            raise self.failure from None
 
     def __enter__(self) -> Self:
         return self

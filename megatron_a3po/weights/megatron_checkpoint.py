@@ -14,7 +14,6 @@ is needed, no Megatron-Core. Reading is in `megatron_reader.py`.
 """
 
 import json
-import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -102,7 +101,7 @@ def write_megatron_checkpoint(
 ) -> None:
     """Write the weights of `source` as ranks in this layout would save them; `directory` is there when it returns.
 
-    dtype: of every tensor; None: as it is. advance: told of the elements of every parameter written.
+    dtype: of every tensor; None: as it is. advance: told of the number of elements written, shard by shard.
     Errors: InputError where the layout does not fit the model, OutputError where a file cannot be written.
     """
     split = _Split(table, ranks, padded_vocab_size)
@@ -112,8 +111,7 @@ def write_megatron_checkpoint(
             name = f"__{rank}_0.distcp"
             with WrittenFile(aside / name, with_checksum=True) as file:
                 for parameter in split.owned_by(rank):
-                    _write_parameter(parameter, rank, split, source, dtype, file, contents)
-                    advance(sum(math.prod(size) for size in parameter.tensors.values()))
+                    advance(_write_parameter(parameter, rank, split, source, dtype, file, contents))
                 if rank == ranks.world_size - 1 and table.shape.tie_word_embeddings:
                     contents.add_object(file, _extra_state("output_layer", Placed("", (), ())), [None])
                 checksums[name] = file.checksum
@@ -222,7 +220,10 @@ class _Contents:
 
 def _append(file: WrittenFile, value: Any) -> _StorageInfo:
     start = file.tell()
-    torch.save(value, file)  # pyright: ignore[reportArgumentType]
+    try:
+        torch.save(value, file)  # pyright: ignore[reportArgumentType]
+    except RuntimeError:  # torch's own, about the archive that could not be ended
+        raise file.failure or RuntimeError(f"{file.path} could not be written") from None
     return _StorageInfo(file.path.name, start, file.tell() - start)
 
 
@@ -234,7 +235,8 @@ def _write_parameter(
     dtype: torch.dtype | None,
     file: WrittenFile,
     contents: _Contents,
-) -> None:
+) -> int:
+    """The number of elements written."""
     tp_rank, _, _ = split.ranks.place(rank)
     tp_size = split.ranks.tensor_model_parallel_size
     placed, axis = place(parameter, split.table), split.sharded_axis(parameter)
@@ -255,6 +257,7 @@ def _write_parameter(
     module = placed.key.removesuffix(".weight")
     if tp_rank == 0 and module != placed.key and _keeps_extra_state(module):
         contents.add_object(file, _extra_state(module, placed), [None])
+    return shard.numel()
 
 
 def _extra_state(module: str, placed: Placed) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_a3po.weights.aside import WrittenFile
 
-_DTYPES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -96,7 +96,7 @@ def _header(announced: Sequence[Announced]) -> bytes:
     for one in announced:
         end = offset + one.num_bytes
         entries[one.name] = {
-            "dtype": _DTYPES[one.dtype],
+            "dtype": DTYPE_NAMES[one.dtype],
             "shape": list(one.shape),
             "data_offsets": [offset, end],
         }

@@ -239,7 +239,7 @@ def test_an_actor_loads_what_was_written_without_one(checkpoint: Path, tmp_path:
     assert_identical(dict(reader.hugging_face_tensors(torch.bfloat16)), in_half(tensors_of(checkpoint)))
 
     def load(actor: Actor) -> None:
-        load_weights(actor, tmp_path / "megatron")
+        load_weights(actor.model, tmp_path / "megatron")
         actor.write_hugging_face(tmp_path / "export")
 
     on_actors(load, checkpoint, initialization="random", **LAYOUTS[layout])

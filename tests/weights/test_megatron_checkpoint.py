@@ -71,7 +71,7 @@ def test_an_actor_loads_what_was_written_without_one(
     written = converted(model, tmp_path / "megatron", Ranks(2, 2))
 
     def load(actor: Actor) -> None:
-        checkpoint.load_weights(actor, written)
+        checkpoint.load_weights(actor.model, written)
         actor.write_hugging_face(tmp_path / "export")
 
     on_actors(load, model, initialization="random", **LAYOUTS[layout])

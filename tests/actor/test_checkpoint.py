@@ -1,0 +1,85 @@
+"""A checkpoint goes on in another layout: the same weights to the bit, the same next step to rounding, moments too."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_a3po.actor import checkpoint
+from megatron_a3po.actor.actor import Actor
+from megatron_a3po.actor.optimizer import Schedule
+from megatron_a3po.vocab_parallel.policy_objective import supervised_objective
+from tests.actor.ranks import on_actors, random_sequences
+from tests.actor.replay import VOCAB_SIZE
+
+SAVED: dict[str, Any] = {"tp": 2, "pp": 2}
+RESUMED: dict[str, dict[str, Any]] = {
+    "pp 4": {"pp": 4},
+    "pp 2 interleaved": {"pp": 2, "virtual_pipeline_model_parallel_size": 2},
+    "tp 2 sp": {"tp": 2, "sequence_parallel": True},
+}
+
+# Megatron-Core 0.19's own calls of torch.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The argument order of load has been changed:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"
+    ),
+]
+
+
+def train(actor: Actor, step: int) -> None:
+    update = actor.update(
+        actor.pack(random_sequences([9, 14, 5, 7], VOCAB_SIZE, seed=step)), supervised_objective
+    )
+    assert update.applied
+
+
+def start(actor: Actor) -> None:
+    actor.start_stage(Schedule(1e-3, 0.0, 2, "cosine", 10))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: one for file in folder.glob("*.safetensors") for name, one in load_file(file).items()}
+
+
+@pytest.mark.parametrize("embedding", ["model", "tied_model"])
+def test_another_layout_goes_on_from_a_checkpoint(
+    request: pytest.FixtureRequest, tmp_path: Path, embedding: str
+):
+    model: Path = request.getfixturevalue(embedding)
+    saved = tmp_path / "actor"
+    saved.mkdir()
+
+    def save(actor: Actor) -> None:
+        start(actor)
+        for step in (1, 2):
+            train(actor, step)
+        checkpoint.save(actor, saved)
+        actor.write_hugging_face(tmp_path / "saved")
+        for step in (3, 4):
+            train(actor, step)
+        actor.write_hugging_face(tmp_path / "straight")
+
+    on_actors(save, model, **SAVED)
+    before, straight = weights(tmp_path / "saved"), weights(tmp_path / "straight")
+    moved = max((straight[name] - before[name]).abs().max().item() for name in before)
+    for name, layout in RESUMED.items():
+
+        def resume(actor: Actor, name: str = name) -> None:
+            start(actor)
+            checkpoint.load(actor, saved)
+            actor.write_hugging_face(tmp_path / f"{name} loaded")
+            for step in (3, 4):
+                train(actor, step)
+            actor.write_hugging_face(tmp_path / f"{name} went on")
+
+        on_actors(resume, model, initialization="random", **layout)
+        loaded, went_on = weights(tmp_path / f"{name} loaded"), weights(tmp_path / f"{name} went on")
+        assert not [key for key in before if not torch.equal(loaded[key], before[key])]
+        distance = max((went_on[key] - straight[key]).abs().max().item() for key in straight)
+        print(f"{name}: {distance:.1e}, of a way of {moved:.1e}")
+        assert distance < 1e-5
+        assert moved > 1e-3
