@@ -43,13 +43,7 @@ class HeadProblem:
     @property
     def all_fields(self) -> TokenFields:
         """The fields of all rows; what is not trained has loss weight 0."""
-        fields, trained, num_rows = self.fields, self.rows.local, len(self.hidden)
-        vectors = {
-            name: vector.new_zeros(num_rows).index_copy_(0, trained, vector)
-            for name, vector in vars(fields).items()
-            if isinstance(vector, Tensor)
-        }
-        return replace(fields, **vectors)
+        return over_all_rows(self.fields, self.rows.local, len(self.hidden))
 
     def layer_settings(self) -> dict[str, Any]:
         """Of this package's layer."""
@@ -110,18 +104,36 @@ def scoring(problem: HeadProblem) -> Work:
     return work
 
 
-def dense(problem: HeadProblem) -> Work:
-    """What Megatron-style trainers do: logits of all rows, vocab_parallel_cross_entropy, the loss by autograd."""
-    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-    from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+def over_all_rows(fields: TokenFields, trained: Tensor, num_rows: int) -> TokenFields:
+    """The fields of all rows; what is not trained has loss weight 0."""
+    vectors = {
+        name: vector.new_zeros(num_rows).index_copy_(0, trained, vector)
+        for name, vector in vars(fields).items()
+        if isinstance(vector, Tensor)
+    }
+    return replace(fields, **vectors)
 
+
+def dense_logp(hidden: Tensor, weight: Tensor, labels: Tensor, *, sequence_parallel: bool = False) -> Tensor:
+    """Log-probs as Megatron-style trainers have them: logits of all rows, vocab_parallel_cross_entropy."""
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+    enter: Any = (
+        mappings.gather_from_sequence_parallel_region
+        if sequence_parallel
+        else mappings.copy_to_tensor_model_parallel_region
+    )
+    logits = enter(hidden) @ weight.T
+    return -vocab_parallel_cross_entropy(logits.float()[:, None], labels[:, None])[:, 0]
+
+
+def dense(problem: HeadProblem) -> Work:
+    """Dense log-probs, the loss by autograd."""
     fields = problem.all_fields
 
     def work() -> None:
-        hidden: Any = copy_to_tensor_model_parallel_region(problem.hidden)
-        logits = hidden @ problem.weight.T
-        logp = -vocab_parallel_cross_entropy(logits.float()[:, None], fields.labels[:, None])[:, 0]
-        OBJECTIVE(logp, fields).sum().backward()
+        OBJECTIVE(dense_logp(problem.hidden, problem.weight, fields.labels), fields).sum().backward()
 
     return work
 

@@ -15,6 +15,7 @@ SIZES = {"hidden": 16, "layers": 2, "ffn": 24, "vocab": 19, "prompts": 4, "sampl
 SIZES |= {"response-tokens": 6, "tokens": 32, "rounds": 2, "warm-up": 0}
 TINY = [f"--{name}={value}" for name, value in SIZES.items()]
 STEPS = ["loglinear", "recompute", "forced recompute"]
+DENSE = "loglinear, dense logits"
 
 
 @pytest.mark.parametrize("layout", [(), ("--tp", "2", "--pp", "2")], ids=["one rank", "TP 2 x PP 2"])
@@ -39,12 +40,22 @@ def test_every_case_has_its_rows(layout: tuple[str, ...], tmp_path: Path):
     rows = json.loads((tmp_path / "rows.json").read_text())
     for case, passes in (("1 mini-batch", [1, 1, 2]), ("2 mini-batches", [1, 1.5, 2])):
         found = {row["implementation"]: row for row in rows if row["case"] == case}
-        assert list(found) == [*STEPS, "one forward"]
+        assert list(found) == [*STEPS, DENSE, "one forward"]
+        assert found[DENSE]["forwards_per_token"] == 1
         assert found["loglinear"]["ratio"] == 1
         measured = [found[step]["forwards_per_token"] for step in STEPS]
         assert measured == pytest.approx(passes, abs=0.25)
         overhead = [row["implementation"] for row in rows if row["case"] == f"{case}, the loop's overhead"]
         assert overhead == ["bare", "step (loglinear)"]
+    memory = {row["implementation"]: row for row in rows if "longest_sequence" in row}
+    assert list(memory) == ["loglinear", DENSE]
+    for row in memory.values():
+        assert row["case"] == "1 mini-batch"
+        assert row["lengths"] == [16, 32]
+        low, high = row["last_stage_mb"]
+        assert high > low > 0
+        rest = 8 * 2**10 - row["last_stage_held_mb"] - high
+        assert row["longest_sequence"] == pytest.approx(32 + rest * 16 / (high - low), abs=1)
     for row in rows:
         assert row["seconds"] > 0
         assert math.isfinite(row["ratio"])
