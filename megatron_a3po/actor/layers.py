@@ -49,7 +49,7 @@ class NormedRowParallelLinear(RowParallelLinear):
         super().__init__(input_size, output_size, config=config, **rest)
         self.post_layernorm = RMSNorm(config, output_size, eps=config.layernorm_epsilon)
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_: Tensor) -> Any:
         output, bias = super().forward(input_)
         return self.post_layernorm(output), bias
 
@@ -57,10 +57,11 @@ class NormedRowParallelLinear(RowParallelLinear):
 class TwoRotarySelfAttention(SelfAttention):
     """Takes the second of the model's two rotary embeddings in layers with a window, and the first elsewhere."""
 
-    def forward(self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, **rest: Any) -> Any:
-        """rotary_pos_emb: [2, rows, 1, 1, head_dim]."""
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """As the base class's, but `rotary_pos_emb` is [2, rows, 1, 1, head_dim]."""
+        both: Tensor = kwargs.pop("rotary_pos_emb")
         local = has_window(self.config, self.layer_number)
-        return super().forward(hidden_states, rotary_pos_emb=rotary_pos_emb[int(local)], **rest)
+        return super().forward(*inputs, rotary_pos_emb=both[int(local)], **kwargs)
 
 
 def has_transformer_engine() -> bool:

@@ -18,7 +18,7 @@ from megatron_a3po.actor.optimizer import Schedule
 from megatron_a3po.vocab_parallel.policy_objective import supervised_objective
 from tests.actor.ranks import on_actors, random_sequences
 from tests.actor.test_layout_parity import LOSS, NORM, WEIGHTS
-from tests.weights.checkpoints import DENSE, VOCAB_SIZE, write_checkpoint
+from tests.weights.checkpoints import VOCAB_SIZE, write_dense
 from tests.weights.test_round_trip import tensors_of
 
 LENGTHS = [12, 40, 3, 25, 33, 9]
@@ -69,7 +69,7 @@ def reference(
 ) -> tuple[Path, Trained]:
     """A checkpoint and what one rank makes of it."""
     folder = tmp_path_factory.mktemp("parity")
-    model = write_checkpoint(folder / "model", DENSE[request.param]())
+    model = write_dense(folder / "model", request.param)
     return model, trained(model, folder / "one rank")
 
 

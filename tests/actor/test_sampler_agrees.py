@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from megatron_a3po.actor.actor import Actor
-from megatron_a3po.rollout.engines.base import SampleRequest
-from megatron_a3po.rollout.engines.decoder import Decoder, Finished
+from megatron_a3po.rollout.engines.base import Sample, SampleRequest
+from megatron_a3po.rollout.engines.decoder import Decoder
 from megatron_a3po.trainer.batch import supervised_sequence
 from tests.actor.ranks import by_sequence, on_actors
 from tests.actor.replay import layout, replay
-from tests.weights.checkpoints import DENSE, EOS_ID, VOCAB_SIZE, WINDOW, read_model, write_checkpoint
+from tests.weights.checkpoints import DENSE, EOS_ID, VOCAB_SIZE, WINDOW, read_model, write_dense
 
 FRESH = [
     "trainer.replay=null",
@@ -39,29 +39,28 @@ def test_at_equal_versions_sampler_and_trainer_agree(config: Path):
     assert (run.column("sampler_trainer/abs_diff/max") < 1e-4).all()
 
 
-def sampled(model: Path) -> list[Finished]:
-    """16 responses of up to 40 tokens to prompts of up to 20, decoded six at a time."""
+def sampled(model: Path) -> dict[str, tuple[np.ndarray, Sample]]:
+    """16 responses of up to 40 tokens to prompts of up to 20, decoded six at a time: name -> prompt, response."""
     rng = np.random.default_rng(5)
     decoder = Decoder(read_model(model), [EOS_ID], seed=7, max_rows=6)
+    prompts = {}
     for number in range(16):
-        prompt = rng.integers(2, VOCAB_SIZE, rng.integers(1, 21)).astype(np.int32)
-        request = SampleRequest(number, 0, prompt, int(rng.integers(1, 41)), 0.8)
-        decoder.add(request, (number, prompt))
+        prompts[str(number)] = rng.integers(2, VOCAB_SIZE, rng.integers(1, 21)).astype(np.int32)
+        request = SampleRequest(number, 0, prompts[str(number)], int(rng.integers(1, 41)), 0.8)
+        decoder.add(request, str(number))
     finished, steps = [], itertools.count()
     while not decoder.idle:
         if next(steps) == 25:
             decoder.invalidate()
         finished += decoder.step(version=0)
-    return finished
+    return {str(one.ticket): (prompts[str(one.ticket)], one.sample) for one in finished}
 
 
 @pytest.mark.parametrize("family", DENSE)
 def test_every_family_is_sampled_as_it_is_trained(tmp_path: Path, family: str):
-    model = write_checkpoint(tmp_path / "model", DENSE[family]())
-    samples = {number: (prompt, one.sample) for one in sampled(model) for number, prompt in [one.ticket]}
-    sequences = [
-        supervised_sequence(str(n), prompt, sample.tokens) for n, (prompt, sample) in samples.items()
-    ]
+    model = write_dense(tmp_path / "model", family)
+    samples = sampled(model)
+    sequences = [supervised_sequence(name, prompt, one.tokens) for name, (prompt, one) in samples.items()]
     assert max(len(sequence) for sequence in sequences) > 4 * WINDOW
 
     def scores(actor: Actor) -> dict[str, np.ndarray]:
@@ -70,6 +69,6 @@ def test_every_family_is_sampled_as_it_is_trained(tmp_path: Path, family: str):
 
     keys = {"tp": 2, "temperature": 0.8, "max_tokens_per_micro_batch": 128}
     scored, _ = on_actors(scores, model, **keys)
-    distance = max(float(np.abs(scored[str(n)] - sample.logps).max()) for n, (_, sample) in samples.items())
+    distance = max(float(np.abs(scored[name] - one.logps).max()) for name, (_, one) in samples.items())
     print(f"{distance:.1e}")
     assert distance < 1e-5

@@ -7,7 +7,7 @@ import pytest
 from megatron_a3po.__main__ import main
 from tests.actor.replay import VOCAB_SIZE, character_tokenizer, layout, replay, write_config
 from tests.run_files import write_rows
-from tests.weights.checkpoints import DENSE, read_model, write_checkpoint
+from tests.weights.checkpoints import DENSE, read_model, write_dense
 
 RUN = [
     "trainer.replay=null",
@@ -31,9 +31,7 @@ def overrides_of(folder: Path) -> list[str]:
 
 def config_of(folder: Path, family: str) -> Path:
     """A configuration of a tiny checkpoint of this family, with its data and a tokenizer."""
-    model_config = DENSE[family]()
-    model_config.vocab_size = VOCAB_SIZE
-    model = write_checkpoint(folder / "model", model_config)
+    model = write_dense(folder / "model", family, vocab_size=VOCAB_SIZE)
     character_tokenizer().save_pretrained(model)
     return write_config(folder, model, folder, num_steps=3)
 

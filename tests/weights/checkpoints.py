@@ -3,7 +3,6 @@
 More layers than a window's pattern has, heads that are not hidden / heads wide, two key-value heads, an odd vocabulary.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +57,23 @@ GEMMA3: dict[str, Any] = {
     },
     "tie_word_embeddings": True,
 }
-DENSE: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**COMMON),
-    "llama 3.1": lambda: LlamaConfig(**COMMON | {"rope_parameters": LLAMA3_ROPE}),
-    "llama, linear": lambda: LlamaConfig(**COMMON | {"rope_parameters": LINEAR_ROPE}),
-    "mistral": lambda: MistralConfig(**COMMON, head_dim=20, sliding_window=WINDOW),
-    "qwen2": lambda: Qwen2Config(**COMMON | {"tie_word_embeddings": True}),
-    "qwen2, window": lambda: Qwen2Config(**COMMON, **WINDOWED),
-    "qwen3": lambda: Qwen3Config(**COMMON, head_dim=20),
-    "qwen3, window": lambda: Qwen3Config(**COMMON, **WINDOWED, head_dim=20),
-    "gemma3_text": lambda: Gemma3TextConfig(**COMMON | GEMMA3),
+DENSE: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "llama 3.1": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
+    "llama, linear": (LlamaConfig, {"rope_parameters": LINEAR_ROPE}),
+    "mistral": (MistralConfig, {"head_dim": 20, "sliding_window": WINDOW}),
+    "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen2, window": (Qwen2Config, WINDOWED),
+    "qwen3": (Qwen3Config, {"head_dim": 20}),
+    "qwen3, window": (Qwen3Config, {"head_dim": 20, **WINDOWED}),
+    "gemma3_text": (Gemma3TextConfig, GEMMA3),
 }
+
+
+def write_dense(folder: Path, name: str, **changes: Any) -> Path:
+    """The tiny checkpoint of this name."""
+    kind, special = DENSE[name]
+    return write_checkpoint(folder, kind(**{**COMMON, **special, **changes}))
 
 
 def write_checkpoint(folder: Path, config: PreTrainedConfig, *, seed: int = 0) -> Path:
