@@ -1,0 +1,180 @@
+# shellcheck shell=bash
+# What the training jobs share: steps that pass signals on, the pre-flight, and what becomes of the job when a step ends.
+# Sourced by the sbatch scripts after their block; the operator's page is slurm/README.md.
+#
+# USR1 to the batch shell (Slurm, when the time limit is near): checkpoint, then requeue. USR2 or TERM: checkpoint and end.
+# Every attempt that completed no new step counts: after A3PO_MAX_ATTEMPTS of them in a row the job stops for a person.
+
+ASKED=   # what a signal asked for: continue or end
+HEARD=   # set by every signal: the wait it interrupted has to be taken up again
+STEP=    # pid of the srun under way
+RUN_DIR=
+BEGAN_AT=0
+trap 'hear continue' USR1
+trap 'hear end' USR2 TERM
+
+ATTEMPT=$((${SLURM_RESTART_COUNT:-0} + 1))
+MAX_ATTEMPTS=${A3PO_MAX_ATTEMPTS:-3}
+JOB_LOGS=${A3PO_LOGS:-$SLURM_SUBMIT_DIR/runs/slurm}/job-$SLURM_JOB_ID
+LOGS=$JOB_LOGS/attempt-$ATTEMPT
+EXPORTED=$(IFS=,; echo "${ENVIRONMENT[*]},MASTER_ADDR,OMP_NUM_THREADS")
+
+say() { printf '%s job %s attempt %s: %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "$ATTEMPT" "$*"; }
+
+hear() {
+    HEARD=1
+    say "asked to stop, then to $1"
+    # An end outlasts a later wish to continue: scancel's TERM may come after the time limit's USR1.
+    if [[ $ASKED != end ]]; then ASKED=$1; fi
+    if [[ -n $STEP ]]; then kill -USR1 "$STEP" 2>/dev/null; fi
+}
+
+# step OPTION... -- COMMAND...: a job step to its end, whatever signals come meanwhile; its exit code.
+step() {
+    local options=() status=0
+    while [[ $1 != -- ]]; do options+=("$1"); shift; done
+    shift
+    # No kill on a bad exit: the ranks end together, or by distributed.timeout_s; rank 0 may still be evaluating.
+    srun --export="$EXPORTED" --kill-on-bad-exit=0 --wait=0 --unbuffered "${STEP_OPTIONS[@]}" "${options[@]}" "$@" &
+    STEP=$!
+    if [[ -n $ASKED ]]; then kill -USR1 "$STEP"; fi
+    while :; do
+        HEARD=
+        wait "$STEP" && status=0 || status=$?
+        if [[ -z $HEARD ]]; then break; fi
+    done
+    STEP=
+    return "$status"
+}
+
+# begin CONFIG [key=value ...]: check the arguments, find the run directory, note the attempt.
+begin() {
+    ARGUMENTS=("$@")
+    mkdir -p "$LOGS" || finish 3 "cannot write to $LOGS: set A3PO_LOGS to a folder that every node sees"
+    local status=0 plan
+    step --nodes=1 --ntasks=1 --output="$LOGS/plan.yaml" --error="$LOGS/plan.err" -- \
+        "$PYTHON" -m megatron_a3po train --dry-run "$@" || status=$?
+    if [[ -n $ASKED ]]; then after 75 "stopped before it began"; fi
+    if ((status)); then
+        cat "$LOGS/plan.err"
+        if ((status == 2)); then finish 2 "the configuration is wrong"; fi
+        finish 3 "the plan of the run failed with code $status: needs a person (see $LOGS/plan.err)"
+    fi
+    plan=$(sed -n "s/^run_dir: //p" "$LOGS/plan.yaml")
+    RUN_DIR=${plan//[\'\"]/}
+    BEGAN_AT=$(completed_steps)
+    say "begins on $SLURM_JOB_NODELIST at step $BEGAN_AT of $RUN_DIR; logs in $LOGS"
+    # A node failure ends an attempt without a word, so attempts are counted when they begin.
+    if (($(fruitless "$BEGAN_AT") >= MAX_ATTEMPTS)); then
+        finish 3 "$MAX_ATTEMPTS attempts in a row have completed no step after $BEGAN_AT: needs a person"
+    fi
+    echo "$BEGAN_AT" >>"$JOB_LOGS/attempts"
+}
+
+# How far the run has ever come; steps that are done again are no progress.
+completed_steps() {
+    local furthest
+    furthest=$(grep -o '^{"step": [0-9]*' "$RUN_DIR/metrics.jsonl" 2>/dev/null | grep -o '[0-9]*$' | sort -n | tail -n 1)
+    echo "${furthest:-0}"
+}
+
+# The number of latest attempts in a row that began at this step.
+fruitless() {
+    awk -v step="$1" '{ count = $1 == step ? count + 1 : 0 } END { print count + 0 }' "$JOB_LOGS/attempts" 2>/dev/null || echo 0
+}
+
+# run_training NODES TASKS_PER_NODE: pre-flight, then the ranks; ends the script.
+run_training() {
+    local num_nodes=$1 tasks=$2 status=0 cpus=()
+    choose_nodes "$num_nodes"
+    MASTER_ADDR=$(address_of "${NODES%%,*}")
+    export MASTER_ADDR
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    # srun does not take this one from sbatch.
+    if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then cpus=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi
+    if [[ -z $ASKED ]]; then
+        say "runs on $NODES"
+        step --nodes="$num_nodes" --nodelist="$NODES" --ntasks-per-node="$tasks" --ntasks=$((num_nodes * tasks)) "${cpus[@]}" \
+            --output="$LOGS/%n-%N-rank-%t.log" -- "$PYTHON" -m megatron_a3po train "${ARGUMENTS[@]}" || status=$?
+    else
+        status=75
+    fi
+    # A signal in the first moments of a task, before it listens, ends it by that signal (128 + 10): nothing had begun.
+    if [[ -n $ASKED ]] && ((status == 138)); then status=75; fi
+    # srun that lost a node may end well.
+    if ((status == 0)) && [[ ! -f $RUN_DIR/summary.json ]]; then status=1; fi
+    after "$status" "$(words "$status")"
+}
+
+# Sets NODES to the nodes to run on, comma-separated: those that pass the pre-flight.
+choose_nodes() {
+    local wanted=$1 folder=$RUN_DIR/preflight/job-$SLURM_JOB_ID-attempt-$ATTEMPT status=0 address
+    mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    NODES=$(IFS=,; echo "${all[*]:0:wanted}")
+    if [[ ${A3PO_PREFLIGHT:-1} != 1 || -n $ASKED ]]; then return; fi
+    mkdir -p "$folder" || finish 3 "cannot write to $RUN_DIR: give another run_dir=..."
+    local preflight=("$PYTHON" -m megatron_a3po.trainer.preflight)
+    step --nodes="${#all[@]}" --ntasks-per-node=1 --ntasks="${#all[@]}" --output="$LOGS/%n-%N-preflight.log" -- \
+        "${preflight[@]}" report "$folder" --gpus "${SLURM_GPUS_PER_NODE:-0}" || true
+    step --nodes=1 --ntasks=1 --output="$LOGS/preflight.log" -- \
+        "${preflight[@]}" judge "$folder" --wanted "$wanted" "${all[@]}" || status=$?
+    cat "$LOGS/preflight.log"
+    if [[ -n $ASKED ]]; then return; fi
+    if ((status)); then finish 3 "too few nodes passed the pre-flight: needs a person (see $LOGS)"; fi
+    NODES=$(<"$folder/good")
+    address=$(address_of "${NODES%%,*}")
+    step --nodes="$wanted" --nodelist="$NODES" --ntasks-per-node=1 --ntasks="$wanted" --output="$LOGS/%n-%N-preflight.log" \
+        --open-mode=append -- "${preflight[@]}" meet "$address" || status=$?
+    if [[ -n $ASKED ]]; then return; fi
+    if ((status)); then
+        grep -h '^bad' "$LOGS"/*-preflight.log | sort -u
+        after "$status" "the nodes $NODES do not reach each other"
+    fi
+}
+
+# A node's name need not resolve on the others.
+address_of() { scontrol show node -o "$1" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2; }
+
+words() {
+    case $1 in
+        0) echo "done" ;;
+        2) echo "configuration or input is wrong; the sentences are in $LOGS" ;;
+        3) echo "needs a person: why is in the last lines of $RUN_DIR/logs/rank-0.log" ;;
+        70) echo "a rank crashed; why is at the end of its log in $RUN_DIR/logs" ;;
+        75) echo "stopped with a checkpoint" ;;
+        130) echo "interrupted" ;;
+        *) if (($1 > 128)); then echo "a task was ended by signal $(($1 - 128))"; else echo "ended with code $1"; fi ;;
+    esac
+}
+
+# after STATUS WORDS: what becomes of the job once a step has ended so.
+after() {
+    local status=$1 what=$2
+    case $status in
+        0 | 2 | 3 | 130) finish "$status" "$what" ;;
+    esac
+    if [[ $ASKED == end ]]; then finish "$status" "$what; asked to end, so it does not continue: submit it again to continue"; fi
+    if ! is_mine; then finish "$status" "$what; the job is not this attempt's any more ($STATE)"; fi
+    if (($(completed_steps) == BEGAN_AT && $(fruitless "$BEGAN_AT") >= MAX_ATTEMPTS)); then
+        finish 3 "$what; $MAX_ATTEMPTS attempts in a row have completed no step after $BEGAN_AT: needs a person"
+    fi
+    say "$what; continues as attempt $((ATTEMPT + 1))"
+    # Slurm ends this script while it waits; otherwise it would fall through to its end.
+    trap - USR1 USR2 TERM
+    scontrol requeue "$SLURM_JOB_ID" && sleep 120
+    finish "$status" "could not be requeued: submit it again to continue"
+}
+
+# Whether the job still runs as this attempt: a cancelled one, or one that runs elsewhere already, is not to be touched.
+is_mine() {
+    local record restarts
+    record=$(scontrol show job -o "$SLURM_JOB_ID") || { STATE=unknown; return 1; }
+    STATE=$(grep -o 'JobState=[A-Z_]*' <<<"$record" | cut -d= -f2)
+    restarts=$(grep -o 'Restarts=[0-9]*' <<<"$record" | cut -d= -f2)
+    [[ $STATE == RUNNING && $restarts == "${SLURM_RESTART_COUNT:-0}" ]]
+}
+
+finish() {
+    say "$2 (exit code $1)"
+    exit "$1"
+}

@@ -1,0 +1,214 @@
+"""The scripts of `slurm/` on a real Slurm: jobs that are stopped, lose a node or their tasks, and continue."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from megatron_a3po.trainer.batch import batch_path
+from tests.slurm.cluster import Cluster, Job
+from tests.slurm.conftest import EVERY, ROOT, STEPS
+from tests.trainer.replay import Replays, Rows, Weights, identical, logs_of, without_times
+from tests.trainer.test_resume import num_rows, step_of
+
+TP2 = ["actor.tensor_model_parallel_size=2"]
+TP2_PP2 = [*TP2, "actor.pipeline_model_parallel_size=2"]
+MIDDLE = EVERY + 2
+PASS_OVER = 'case "$*" in *--dry-run*) exec {python} "$@" ;; esac\n'
+
+
+@pytest.fixture(scope="module")
+def straight(runs: Replays) -> dict[int, tuple[Rows, Weights]]:
+    """By number of ranks: the same run without Slurm and without a stop."""
+    return {2: runs.run("straight-2", *TP2), 4: runs.run("straight-4", *TP2_PP2)}
+
+
+class Site:
+    """Who submits jobs: a cluster, a tiny run, and what the scripts take from their environment."""
+
+    def __init__(self, slurm: Cluster, runs: Replays, variables: dict[str, str]) -> None:
+        self.slurm, self.runs, self.variables = slurm, runs, variables
+
+    def submit(self, name: str, *options: str, ranks: int = 2, **changes: str) -> Job:
+        """A job of `ranks` ranks over two nodes, by default one on each; `changes` go into its environment."""
+        layout = TP2_PP2 if ranks == 4 else TP2
+        nodes = ["--nodes=2", f"--ntasks-per-node={ranks // 2}"]
+        return self.start(
+            "train_nodes.sbatch", [*nodes, *options], [*self.runs.argv(name)[1:], *layout], **changes
+        )
+
+    def start(self, script: str, options: list[str], argv: list[str], **changes: str) -> Job:
+        options = [f"--chdir={self.runs.folder}", "--time=40", *options]
+        variables = self.variables | changes
+        return self.slurm.submit(ROOT / "slurm" / script, *options, "--", *argv, variables=variables)
+
+    def program(self, name: str, text: str) -> str:
+        """A stand-in for the site's Python, a shell script."""
+        file = self.runs.folder / name
+        python = self.variables["A3PO_PYTHON"]
+        file.write_text("#!/bin/sh\n" + text.format(python=python) + f'exec {python} "$@"\n')
+        file.chmod(0o755)
+        return str(file)
+
+    def logs(self, job: Job, attempt: int) -> Path:
+        return self.runs.folder / "logs" / f"job-{job.number}" / f"attempt-{attempt}"
+
+    def told(self, job: Job, name: str) -> str:
+        """Everything about a job whose test failed."""
+        return job.said() + logs_of(self.runs.folder / name)
+
+    def has_continued(self, job: Job, name: str, straight: tuple[Rows, Weights]) -> list[int]:
+        """Of a job that continued by itself: that it is done, once, with the numbers of the straight run. The attempt
+        that each step is of."""
+        assert job.wait() == ("COMPLETED", 0), self.told(job, name)
+        assert job.restarts == 1, self.told(job, name)
+        rows = self.runs.rows(name)
+        assert without_times(rows) == without_times(straight[0])
+        assert identical(self.runs.weights(name), straight[1])
+        return [row["attempt"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def site(slurm: Cluster, runs: Replays, variables: dict[str, str]) -> Site:
+    return Site(slurm, runs, variables)
+
+
+def in_the_middle(job: Job, run_dir: Path) -> None:
+    job.wait_for(lambda: num_rows(run_dir) >= MIDDLE, "a step after the first checkpoint")
+
+
+def test_a_job_that_is_told_to_stop_goes_on_as_if_nothing_had_been(site: Site, straight) -> None:
+    job = site.submit("stopped", ranks=4)
+    in_the_middle(job, site.runs.folder / "stopped")
+    job.cancel("--batch", "--signal=USR1")  # what --signal=B:USR1@600 does near the time limit
+    attempts = site.has_continued(job, "stopped", straight[4])
+    assert MIDDLE <= attempts.count(1) < STEPS
+    assert attempts == sorted(attempts)
+    assert "stopped with a checkpoint; continues as attempt 2" in job.output()
+    for attempt in (1, 2):  # the file's name has the node's number, the machine's name and the rank
+        logs = sorted(path.name for path in site.logs(job, attempt).glob("*-rank-*"))
+        assert [(name[0], name[-5]) for name in logs] == [("0", "0"), ("0", "1"), ("1", "2"), ("1", "3")]
+
+
+def test_a_job_that_loses_a_node_goes_on_elsewhere(site: Site, straight) -> None:
+    job = site.submit("node-lost")
+    in_the_middle(job, site.runs.folder / "node-lost")
+    site.slurm.lose_node("n1")
+    try:
+        attempts = site.has_continued(job, "node-lost", straight[2])
+    finally:
+        site.slurm.return_node("n1")
+    assert EVERY <= attempts.count(1) < STEPS  # what came after the last checkpoint was done again
+    assert job.fields()["NodeList"] == "n[0,2]"
+    assert "attempt 2: begins on n[0,2]" in job.output()
+
+
+def test_a_job_whose_task_is_killed_goes_on(site: Site, straight) -> None:
+    job = site.submit("task-killed")
+    in_the_middle(job, site.runs.folder / "task-killed")
+    for pid in job.tasks("n1"):
+        os.kill(pid, signal.SIGKILL)
+    attempts = site.has_continued(job, "task-killed", straight[2])
+    assert EVERY <= attempts.count(1) < STEPS
+    assert "a task was ended by signal 9; continues as attempt 2" in job.output()
+
+
+def test_a_cancelled_job_does_not_continue_until_it_is_submitted_again(site: Site, straight) -> None:
+    run_dir = site.runs.folder / "cancelled"
+    job = site.submit("cancelled")
+    in_the_middle(job, run_dir)
+    job.cancel()
+    assert job.wait()[0] == "CANCELLED", site.told(job, "cancelled")
+    assert job.restarts == 0
+    stopped_at = num_rows(run_dir)
+    assert step_of(run_dir / "checkpoints" / f"step-{stopped_at}") == stopped_at < STEPS
+    assert job.tasks() == []
+    assert "CANCELLED: was cancelled" in doctor(site, job)
+
+    again = site.submit("cancelled")
+    assert again.wait() == ("COMPLETED", 0), site.told(again, "cancelled")
+    assert without_times(site.runs.rows("cancelled")) == without_times(straight[2][0])
+    assert identical(site.runs.weights("cancelled"), straight[2][1])
+
+
+def test_one_node_that_is_told_to_end_saves_and_ends(site: Site) -> None:
+    run_dir = site.runs.folder / "one-node"
+    job = site.start("train.sbatch", [], [*site.runs.argv("one-node")[1:], *TP2])
+    in_the_middle(job, run_dir)
+    job.cancel("--batch", "--signal=USR2")
+    assert job.wait() == ("FAILED", 75), site.told(job, "one-node")
+    assert step_of(run_dir / "checkpoints" / f"step-{num_rows(run_dir)}") < STEPS
+    assert "stopped with a checkpoint; asked to end" in job.output()
+    assert "FAILED: stopped with a checkpoint, as it was asked to" in doctor(site, job)
+
+
+def test_a_job_that_never_completes_a_step_stops_for_a_person(site: Site) -> None:
+    """Tasks that die at once, three attempts long."""
+    python = site.program("python-that-dies", PASS_OVER + "kill -9 $$\n")
+    job = site.submit("crash-loop", A3PO_PYTHON=python)
+    assert job.wait() == ("FAILED", 3), job.said()
+    assert job.restarts == 2
+    assert job.output().count("begins on") == 3
+    assert "3 attempts in a row have completed no step after 0: needs a person" in job.output()
+    assert "FAILED: needs a person" in doctor(site, job)
+
+
+def test_a_wrong_configuration_is_not_tried_twice(site: Site) -> None:
+    job = site.start("train_nodes.sbatch", [], [str(site.runs.config), "actor.lr=fast"])
+    assert job.wait() == ("FAILED", 2), job.said()
+    assert job.restarts == 0
+    assert 'actor.lr is "fast"' in job.output()
+    assert "FAILED: the configuration or an input is wrong" in doctor(site, job)
+
+
+def test_a_bad_node_is_named_and_a_spare_one_stands_in(site: Site) -> None:
+    broken = 'case "$SLURMD_NODENAME $*" in "n1 "*preflight*) exit 1 ;; esac\n'
+    changes = {"A3PO_PYTHON": site.program("python-broken-on-n1", broken), "A3PO_PREFLIGHT": "1"}
+    few = [*site.runs.argv("spare", "trainer.steps=2")[1:], *TP2]
+    options = ["--nodes=3", "--ntasks-per-node=1"]
+    job = site.start("train_nodes.sbatch", options, few, A3PO_SPARE_NODES="1", **changes)
+    assert job.wait() == ("COMPLETED", 0), site.told(job, "spare")
+    assert "bad node n1: no report" in job.output()
+    assert "runs on n0,n2" in job.output()
+
+    options = ["--nodelist=n[0-1]", "--ntasks-per-node=1"]
+    without = site.start("train_nodes.sbatch", options, few, **changes)
+    assert without.wait() == ("FAILED", 3), without.said()
+    assert "1 of 2 nodes passed, 2 are wanted" in without.output()
+
+
+def test_doctor_says_what_a_job_sees(site: Site) -> None:
+    program = [site.variables["A3PO_PYTHON"], "-m", "megatron_a3po", "doctor", "--slurm"]
+    said = site.slurm.command("srun", "--nodes=2", "--label", *program, variables=site.variables)
+    assert "2: n[0-1]" in said
+    assert "2, of which this is 0: train takes each as one rank" in said
+    assert "2, of which this is 1: train takes each as one rank" in said
+    assert "RUNNING: is under way" in said
+    assert "not allowed: the job cannot continue by itself (--requeue)" in said
+
+
+@pytest.mark.slow
+def test_a_real_time_limit(site: Site) -> None:
+    """Limits are whole minutes, and Slurm looks twice a minute."""
+    steps, run_dir = 1500, site.runs.folder / "limited"
+    batches = site.runs.folder / "a-minute-of-batches"
+    shutil.rmtree(batches, ignore_errors=True)
+    batches.mkdir()
+    for step in range(1, steps + 1):
+        os.link(batch_path(site.runs.folder / "batches", 1 + (step - 1) % 4), batch_path(batches, step))
+    argv = [*site.runs.argv("limited", f"trainer.steps={steps}", f"trainer.replay={batches}")[1:], *TP2]
+    options = ["--time=1", "--signal=B:USR1@15", "--nodes=2", "--ntasks-per-node=1"]
+    job = site.start("train_nodes.sbatch", options, argv)
+    assert job.wait(timeout_s=1200) == ("COMPLETED", 0), site.told(job, "limited")
+    assert job.restarts >= 1
+    rows = site.runs.rows("limited")
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert num_rows(run_dir) == steps, "a step was done twice: some attempt ended without its checkpoint"
+
+
+def doctor(site: Site, job: Job) -> str:
+    """How the job stands, in words."""
+    program = [site.variables["A3PO_PYTHON"], "-m", "megatron_a3po", "doctor", "--slurm", str(job.number)]
+    return site.slurm.command(*program, variables=site.variables)
