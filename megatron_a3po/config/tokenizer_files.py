@@ -15,6 +15,7 @@ from megatron_a3po.errors import InputError
 # Any of these makes a tokenizer, and the first there is is what is used.
 SENTENCEPIECE_FILE = "tokenizer.model"
 VOCABULARY_FILES = ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json")
+SETTINGS_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # All that belongs to a tokenizer, and goes along with an exported checkpoint.
 TOKENIZER_FILES = (
@@ -22,7 +23,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
-    "tokenizer_config.json",
+    SETTINGS_FILE,
     CHAT_TEMPLATE_FILE,
 )
 # Gemma 3's text models share the tokenizer of those that see, whose image token has an id past their embeddings.
@@ -63,18 +64,20 @@ def read_contents(folder: Path) -> Contents:
     contents: Contents = {}
     problems = []
     for name in TOKENIZER_FILES:
-        file = folder / name
         try:
-            if name.endswith(".json") and file.is_file():
-                value = json.loads(file.read_bytes())
-                contents[name] = value if isinstance(value, dict) else {}
-        except (OSError, ValueError) as error:
-            problems.append(
-                f"{file} is not readable as JSON ({error}): copy the tokenizer's files there anew."
-            )
+            if name.endswith(".json") and (folder / name).is_file():
+                contents[name] = _read(folder / name)
+        except InputError as error:
+            problems += error.problems
     if problems:
         raise InputError(problems)
     return contents
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, empty where there is none; InputError if it is damaged."""
+    file = folder / SETTINGS_FILE
+    return _read(file) if file.is_file() else {}
 
 
 def read_sentencepiece(folder: Path) -> Any:
@@ -94,7 +97,7 @@ def read_sentencepiece(folder: Path) -> Any:
 def added_tokens(contents: Contents) -> dict[int, dict[str, Any]]:
     """Tokens besides the vocabulary's own, by id, as transformers describes them (`content`, `special`, ...)."""
     found = {number: {"content": token} for token, number in contents.get("added_tokens.json", {}).items()}
-    described = contents.get("tokenizer_config.json", {}).get("added_tokens_decoder") or {}
+    described = contents.get(SETTINGS_FILE, {}).get("added_tokens_decoder") or {}
     return found | {int(number): token for number, token in described.items()}
 
 
@@ -103,7 +106,7 @@ def chat_template(folder: Path) -> str | None:
     file = folder / CHAT_TEMPLATE_FILE
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    template = read_contents(folder).get("tokenizer_config.json", {}).get("chat_template")
+    template = read_settings(folder).get("chat_template")
     if isinstance(template, list):  # several by name, of which the one called so is meant
         template = {one["name"]: one["template"] for one in template}.get("default")
     return template or None
@@ -134,6 +137,16 @@ def _ids(folder: Path, contents: Contents) -> Iterator[tuple[int, str]]:
     for number, token in added_tokens(contents).items():
         if token["content"] not in IMAGE_TOKENS:
             yield number, token["content"]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{file} is not readable as JSON ({error}): copy the tokenizer's files there anew."
+        ) from None
+    return value if isinstance(value, dict) else {}
 
 
 def _numbered(vocabulary: Any) -> Iterator[tuple[int, str]]:

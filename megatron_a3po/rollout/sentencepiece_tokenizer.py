@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_a3po.config.tokenizer_files import (
+    SETTINGS_FILE,
     added_tokens,
     chat_template,
     read_contents,
@@ -29,7 +30,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, folder: Path) -> None:
         contents = read_contents(folder)
-        settings = contents.get("special_tokens_map.json", {}) | contents.get("tokenizer_config.json", {})
+        settings = contents.get("special_tokens_map.json", {}) | contents.get(SETTINGS_FILE, {})
         self.chat_template = chat_template(folder)
         self._model = read_sentencepiece(folder)
         self._num_pieces = self._model.vocab_size()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_a3po.config.tokenizer_files import SENTENCEPIECE_FILE, read_contents
+from megatron_a3po.config.tokenizer_files import SENTENCEPIECE_FILE, read_settings
 from megatron_a3po.errors import InputError
 from megatron_a3po.rollout.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -37,7 +37,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     is_serialized = (folder / "tokenizer.json").is_file()
     if (folder / SENTENCEPIECE_FILE).is_file() and not is_serialized:
         return SentencePieceTokenizer(folder)
-    has_own_code = "auto_map" in read_contents(folder).get("tokenizer_config.json", {})
+    has_own_code = "auto_map" in read_settings(folder)
     # A tokenizer.json says everything by itself, whatever class its folder would like to bring.
     reader = PreTrainedTokenizerFast if is_serialized and has_own_code else AutoTokenizer
     try:
