@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from megatron_a3po.trainer.batch import batch_path
 from tests.slurm.cluster import Cluster, Job
@@ -177,6 +178,20 @@ def test_a_bad_node_is_named_and_a_spare_one_stands_in(site: Site) -> None:
     without = site.start("train_nodes.sbatch", options, few, **changes)
     assert without.wait() == ("FAILED", 3), without.said()
     assert "1 of 2 nodes passed, 2 are wanted" in without.output()
+
+
+def test_a_conversion_job(site: Site) -> None:
+    source, target, back = (site.runs.folder / name for name in ("model", "for-megatron", "back"))
+    there = ["hf-to-megatron", str(source), str(target), "--tensor-model-parallel-size=2"]
+    job = site.start("convert.sbatch", [], there)
+    assert job.wait() == ("COMPLETED", 0), job.said()
+    again = site.start("convert.sbatch", [], ["megatron-to-hf", str(target), str(back)])
+    assert again.wait() == ("COMPLETED", 0), again.said()
+    tensors = [load_file(next(folder.glob("*.safetensors"))) for folder in (source, back)]
+    assert identical(*tensors)
+    refused = site.start("convert.sbatch", [], ["megatron-to-hf", str(source / "nowhere"), str(back)])
+    assert refused.wait() == ("FAILED", 2), refused.said()
+    assert "the input is wrong" in refused.output()
 
 
 def test_doctor_says_what_a_job_sees(site: Site) -> None:
