@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -37,10 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(comparison(pasts))
     console.print(f"page: {out.resolve()}", soft_wrap=True, markup=False, highlight=False)
     _write(out, pasts, watched=arguments.watch)
-    while arguments.watch and any(past.summary is None for past in pasts):
-        time.sleep(WATCH_S)
-        pasts = [read_past(directory) for directory in directories]
-        _write(out, pasts, watched=True)
+    with suppress(KeyboardInterrupt):  # which is how a person ends it
+        while arguments.watch and any(past.summary is None for past in pasts):
+            time.sleep(WATCH_S)
+            pasts = [read_past(directory) for directory in directories]
+            _write(out, pasts, watched=True)
     return EXIT_DONE
 
 

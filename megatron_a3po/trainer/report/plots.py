@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from megatron_a3po.trainer.health import APPROXIMATION, UPDATE
 from megatron_a3po.trainer.report import curves
 from megatron_a3po.trainer.report.curves import POINTS, Row, Value, metric, quotient
@@ -149,7 +151,7 @@ def sections(pasts: Sequence[Past]) -> list[dict[str, Any]]:
     lines = partial(_lines, pasts, limit)
     stacks = partial(_stacks, pasts, limit)
     found = {
-        "Did it learn": [lines(REWARD), _accuracy(pasts), *map(lines, LEARNING)],
+        "Did it learn": [lines(REWARD), _accuracy(pasts, limit), *map(lines, LEARNING)],
         "Staleness": [*stacks(AGES), *map(lines, STALENESS)],
         "Trust region": [*map(lines, TRUST)],
         "Time and throughput": [*stacks(SECONDS), *map(lines, SPEED), lines(_memory(pasts))],
@@ -180,11 +182,11 @@ def _stacks(pasts: Sequence[Past], limit: int, stack: Stack) -> list[dict[str, A
     ]
 
 
-def _accuracy(pasts: Sequence[Past]) -> dict[str, Any]:
+def _accuracy(pasts: Sequence[Past], limit: int) -> dict[str, Any]:
     plot = Plot("Held-out accuracy", "Greedy, of the weights after so many steps; 0 is before the first.", ())
     drawn = [
         {"run": run, "role": 0, "label": "accuracy", "faint": False}
-        | {"x": list(past.accuracies), "y": [curves.short(value) for value in past.accuracies.values()]}
+        | curves.drawn(np.array([*past.accuracies]), np.array([*past.accuracies.values()]), limit)
         for run, past in enumerate(pasts)
         if past.accuracies
     ]

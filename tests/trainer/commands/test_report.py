@@ -87,6 +87,16 @@ def test_watching_writes_the_page_until_the_run_has_ended(tmp_path: Path, monkey
     assert reloads not in last
 
 
+def test_watching_ends_with_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = make_run(tmp_path / "a", done=False, lr="1e-4")
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.time, "sleep", interrupt)
+    assert main(["report", str(run), "--watch"]) == 0
+
+
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "config.yaml").write_text("{}")  # an example's folder has one too
     assert main(["report", str(tmp_path), str(tmp_path / "gone")]) == 2
