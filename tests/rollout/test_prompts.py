@@ -6,7 +6,9 @@ import pytest
 
 from megatron_a3po.errors import InputError
 from megatron_a3po.rollout.prompts import PromptStream, read_examples, tokenize
+from megatron_a3po.rollout.tokenizer import load_tokenizer
 from tests.rollout.tiny import tiny_tokenizer
+from tests.rollout.tiny_sentencepiece import CHAT_TEMPLATE, write_sentencepiece
 
 GOOD = {"prompt": "1+2=", "answer": "3"}
 
@@ -73,6 +75,18 @@ def test_an_empty_file_or_none_is_refused(tmp_path):
         read_examples(write(tmp_path))
     with pytest.raises(InputError, match="not there"):
         read_examples(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["transformers", "sentencepiece"])
+def test_a_chat_that_the_template_refuses_is_named(tmp_path, kind: str):
+    chat = [{"role": "user", "content": "1"}, {"role": "critic", "content": "2"}]
+    examples = read_examples(write(tmp_path, GOOD, {"messages": chat, "answer": 1}))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    if kind == "sentencepiece":
+        tokenizer = load_tokenizer(write_sentencepiece(tmp_path / "model", chat_template=CHAT_TEMPLATE))
+    with pytest.raises(InputError, match=r"data.jsonl:2 has messages that .*\(no critic here\)"):
+        tokenize(examples, tokenizer, 16)
 
 
 def test_a_prompt_over_the_limit_is_left_out_counted_and_named_once(tmp_path, caplog):
