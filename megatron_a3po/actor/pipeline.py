@@ -13,7 +13,13 @@ from torch import Tensor
 from megatron_a3po.actor.grid import Grid
 from megatron_a3po.actor.model import unwrap
 from megatron_a3po.actor.packing import MicroBatch
-from megatron_a3po.vocab_parallel import LossOutput, Objective, vocab_parallel_logp, vocab_parallel_loss
+from megatron_a3po.vocab_parallel import (
+    LossOutput,
+    Objective,
+    Workspace,
+    vocab_parallel_logp,
+    vocab_parallel_loss,
+)
 from megatron_a3po.vocab_parallel.limits import refuse_loss_scaling
 
 
@@ -32,6 +38,7 @@ class Pipeline:
 
     def __init__(self, model: list[DistributedDataParallel], grid: Grid, settings: LossSettings) -> None:
         self.model, self.grid, self.settings = model, grid, settings
+        self.workspace = Workspace()
         config = get_model_config(model[0])
         config.finalize_model_grads_func = finalize_model_grads
         if model[0].ddp_config.overlap_grad_reduce:
@@ -103,6 +110,7 @@ class Pipeline:
             "tp_group": self.grid.tp.group if self.grid.tp.size > 1 else None,
             "sequence_parallel": settings.sequence_parallel,
             "chunk_tokens": settings.chunk_tokens,
+            "workspace": self.workspace,
         }
 
     def _run(
