@@ -82,7 +82,7 @@ def test_a_chat_that_the_template_refuses_is_named(tmp_path, kind: str):
     chat = [{"role": "user", "content": "1"}, {"role": "critic", "content": "2"}]
     examples = read_examples(write(tmp_path, GOOD, {"messages": chat, "answer": 1}))
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template, tokenizer.bos_token = CHAT_TEMPLATE, "<eos>"
     if kind == "sentencepiece":
         tokenizer = load_tokenizer(write_sentencepiece(tmp_path / "model", chat_template=CHAT_TEMPLATE))
     with pytest.raises(InputError, match=r"data.jsonl:2 has messages that .*\(no critic here\)"):
