@@ -153,8 +153,8 @@ after() {
     case $status in
         0 | 2 | 3 | 130) finish "$status" "$what" ;;
     esac
+    if ! is_mine; then finish "$status" "$what; Slurm has ended this attempt ($STATE)"; fi
     if [[ $ASKED == end ]]; then finish "$status" "$what; asked to end, so it does not continue: submit it again to continue"; fi
-    if ! is_mine; then finish "$status" "$what; the job is not this attempt's any more ($STATE)"; fi
     if (($(completed_steps) == BEGAN_AT && $(fruitless "$BEGAN_AT") >= MAX_ATTEMPTS)); then
         finish 3 "$what; $MAX_ATTEMPTS attempts in a row have completed no step after $BEGAN_AT: needs a person"
     fi

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+FOLDERS = ("*.md", "docs/**/*.md", "examples/**/*.md", "slurm/*.md")
+PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(folder))
 
 
 def name_of(requirement: str) -> str:
@@ -36,7 +37,7 @@ def test_named_files_and_make_targets_exist(page: Path) -> None:
     commands = re.findall(r"^    make ([a-z-]+)", text, re.MULTILINE) + re.findall(r"`make ([a-z-]+)", text)
     assert set(commands) <= targets
 
-    named = re.findall(r"(?<![\w/.])((?:tools|tests|examples|megatron_a3po)/[\w/.-]+\.\w+)", text)
+    named = re.findall(r"(?<![\w/.])((?:tools|tests|examples|slurm|megatron_a3po)/[\w/.-]+\.\w+)", text)
     assert not [path for path in named if not (ROOT / path).exists()]
 
 

@@ -132,8 +132,6 @@ def _time(record: Mapping[str, str]) -> str:
 def _requeue(record: Mapping[str, str]) -> str:
     if "Requeue" not in record:
         return UNKNOWN
-    return (
-        "allowed"
-        if record["Requeue"] == "1"
-        else "not allowed: the job cannot continue by itself (--requeue)"
-    )
+    if record.get("BatchFlag") == "0":
+        return "not possible: this is no batch job"
+    return "allowed" if record["Requeue"] == "1" else "not allowed (--requeue): it cannot continue by itself"

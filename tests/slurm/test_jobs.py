@@ -93,6 +93,18 @@ def test_a_job_that_is_told_to_stop_goes_on_as_if_nothing_had_been(site: Site, s
         assert [(name[0], name[-5]) for name in logs] == [("0", "0"), ("0", "1"), ("1", "2"), ("1", "3")]
 
 
+def test_a_preempted_job_saves_and_waits_for_its_next_turn(site: Site, straight) -> None:
+    urgent = site.runs.folder / "urgent.sbatch"
+    urgent.write_text("#!/bin/sh\nsleep 1\n")
+    job = site.submit("preempted", "--exclusive")
+    in_the_middle(job, site.runs.folder / "preempted")
+    other = site.slurm.submit(urgent, "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null")
+    assert other.wait() == ("COMPLETED", 0), site.told(job, "preempted")
+    attempts = site.has_continued(job, "preempted", straight[2])
+    assert MIDDLE <= attempts.count(1) < STEPS
+    assert "stopped with a checkpoint; continues as attempt 2" in job.output()
+
+
 def test_a_job_that_loses_a_node_goes_on_elsewhere(site: Site, straight) -> None:
     job = site.submit("node-lost")
     in_the_middle(job, site.runs.folder / "node-lost")
@@ -167,7 +179,7 @@ def test_a_wrong_configuration_is_not_tried_twice(site: Site) -> None:
 def test_a_bad_node_is_named_and_a_spare_one_stands_in(site: Site) -> None:
     broken = 'case "$SLURMD_NODENAME $*" in "n1 "*preflight*) exit 1 ;; esac\n'
     changes = {"A3PO_PYTHON": site.program("python-broken-on-n1", broken), "A3PO_PREFLIGHT": "1"}
-    few = [*site.runs.argv("spare", "trainer.steps=2")[1:], *TP2]
+    few = [*site.runs.argv("spare", "trainer.steps=2", "actor.lr_warmup_iters=1")[1:], *TP2]
     options = ["--nodes=3", "--ntasks-per-node=1"]
     job = site.start("train_nodes.sbatch", options, few, A3PO_SPARE_NODES="1", **changes)
     assert job.wait() == ("COMPLETED", 0), site.told(job, "spare")
@@ -201,7 +213,7 @@ def test_doctor_says_what_a_job_sees(site: Site) -> None:
     assert "2, of which this is 0: train takes each as one rank" in said
     assert "2, of which this is 1: train takes each as one rank" in said
     assert "RUNNING: is under way" in said
-    assert "not allowed: the job cannot continue by itself (--requeue)" in said
+    assert "not possible: this is no batch job" in said
 
 
 @pytest.mark.slow
