@@ -50,6 +50,11 @@ def test_ten_thousand_steps(long_run: Path, width: int, dark: bool):
     assert int(opened.noted("painted")) > 100
 
 
+def test_an_error_would_be_seen(tmp_path: Path):
+    (tmp_path / "page.html").write_text("<!doctype html><body></body>")
+    assert "Uncaught Error: no" in open_page(tmp_path / "page.html", then="throw new Error('no')").console[0]
+
+
 def test_one_step(tmp_path: Path):
     opened = open_page(written(write_run(tmp_path / "short", 1)), then=PAINTED)
     assert not opened.console
