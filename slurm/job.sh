@@ -109,15 +109,16 @@ run_training() {
 # Sets NODES to the nodes to run on, comma-separated: those that pass the pre-flight.
 choose_nodes() {
     local wanted=$1 folder=$RUN_DIR/preflight/job-$SLURM_JOB_ID-attempt-$ATTEMPT status=0 address
+    local within=60  # seconds until network file systems show every report; those of failed tasks will never come
     mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     NODES=$(IFS=,; echo "${all[*]:0:wanted}")
     if [[ ${A3PO_PREFLIGHT:-1} != 1 || -n $ASKED ]]; then return; fi
     mkdir -p "$folder" || finish 3 "cannot write to $RUN_DIR: give another run_dir=..."
     local preflight=("$PYTHON" -m megatron_a3po.trainer.preflight)
     step --nodes="${#all[@]}" --ntasks-per-node=1 --ntasks="${#all[@]}" --output="$LOGS/%n-%N-preflight.log" -- \
-        "${preflight[@]}" report "$folder" --gpus "${SLURM_GPUS_PER_NODE:-0}" || true
+        "${preflight[@]}" report "$folder" --gpus "${SLURM_GPUS_PER_NODE:-0}" || within=5
     step --nodes=1 --ntasks=1 --output="$LOGS/preflight.log" -- \
-        "${preflight[@]}" judge "$folder" --wanted "$wanted" "${all[@]}" || status=$?
+        "${preflight[@]}" judge "$folder" --wanted "$wanted" --within "$within" "${all[@]}" || status=$?
     cat "$LOGS/preflight.log"
     if [[ -n $ASKED ]]; then return; fi
     if ((status)); then finish 3 "too few nodes passed the pre-flight: needs a person (see $LOGS)"; fi

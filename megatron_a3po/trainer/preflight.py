@@ -26,7 +26,6 @@ from megatron_a3po.environment import node_name, read_launch
 from megatron_a3po.errors import EXIT_DONE, EXIT_NEEDS_PERSON
 
 PACKAGES = ("torch", "megatron-core", "transformers")
-REPORTS_WITHIN_S = 60.0  # attribute caches of network file systems
 MEET_WITHIN_S = 120.0
 GOOD = "good"
 
@@ -41,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     judging = parts.add_parser("judge")
     judging.add_argument("folder", type=Path)
     judging.add_argument("--wanted", type=int, required=True)
+    judging.add_argument("--within", type=float, required=True, metavar="SECONDS", help="to wait for reports")
     judging.add_argument("nodes", nargs="+")
     meeting = parts.add_parser("meet")
     meeting.add_argument("address")
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         case "report":
             return report(arguments.folder, node_name(), int(arguments.gpus.rpartition(":")[2]))
         case "judge":
-            return judge(arguments.folder, arguments.nodes, arguments.wanted)
+            return judge(arguments.folder, arguments.nodes, arguments.wanted, arguments.within)
         case _:
             return meet(arguments.address)
 
@@ -67,7 +67,7 @@ def report(folder: Path, node: str, num_gpus: int) -> int:
     return EXIT_DONE
 
 
-def judge(folder: Path, nodes: Sequence[str], wanted: int, within_s: float = REPORTS_WITHIN_S) -> int:
+def judge(folder: Path, nodes: Sequence[str], wanted: int, within_s: float) -> int:
     """Name the bad ones among `nodes`; write the first `wanted` good ones to <folder>/good, comma-separated."""
     deadline = time.monotonic() + within_s
     while len(list(folder.glob("*.json"))) < len(nodes) and time.monotonic() < deadline:
