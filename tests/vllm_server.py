@@ -33,14 +33,14 @@ def vllm_python() -> str | None:
 
 
 def write_version(folder: Path, seed: int) -> Path:
-    """A tied Qwen2 with heads of 32 dimensions, as vLLM on a CPU wants them; weights that make versions differ."""
+    """A tied Qwen2 for TP 2 with heads of 32 dimensions, as vLLM on a CPU wants them; versions differ clearly."""
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=2,
         max_position_embeddings=MAX_TOKENS,
         tie_word_embeddings=True,
         eos_token_id=EOS_ID,
@@ -122,12 +122,12 @@ def serve(root: Path) -> Iterator[VllmServer]:
         launch, root / "vllm.log", lambda url: Server(url, token=token, on_update="restart", timeout_s=60)
     )
 
-    async def start() -> str:
-        return (await place.open()).url
-
-    url = asyncio.run(start())
-    yield VllmServer(url, token, launch, versions)
-    asyncio.run(place.close())
+    with asyncio.Runner() as runner:
+        try:
+            url = runner.run(place.open()).url
+            yield VllmServer(url, token, launch, versions)
+        finally:
+            runner.run(place.close())
 
 
 def read_model(directory: Path) -> Qwen2ForCausalLM:

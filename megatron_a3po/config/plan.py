@@ -19,6 +19,7 @@ def plan_lines(config: Config, shape: ModelShape, data_parallel_size: int) -> li
         *_batch(config, data_parallel_size),
         *_forwards(config),
         *_objective(config),
+        *_engine(config),
         *_staleness(config),
         *_warm_start(config),
     ]
@@ -149,6 +150,23 @@ def _objective(config: Config) -> Iterator[str]:
     if actor.kl_coef:
         yield "reference  the policy the training steps begin with, kept in the run directory as reference/; every rank"
         yield "           has a second copy of its weights in host memory, which takes the model's place for it"
+
+
+def _engine(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if not config.needs_rollouts or rollout.engine != "vllm":
+        return
+    if rollout.launch is not None:
+        where = f"{_count(rollout.launch, 'server')} launched on this machine"
+    else:
+        where = ", ".join(rollout.servers or [f"those of {rollout.servers_file}"])
+    under_way = {
+        "recompute_kv": "go on, their caches computed again",
+        "keep_kv": "go on with the old weights' caches: their log-probs differ from the trainer's",
+        "restart": "begin anew",
+    }
+    yield f"engine     vLLM: {where}"
+    yield f"           responses that new weights reach {under_way[rollout.update_mode]}"
 
 
 def _staleness(config: Config) -> Iterator[str]:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_a3po.config import read_model_shape
+from megatron_a3po.config.plan import plan_lines
 from megatron_a3po.errors import ConfigError
 
 SERVERS = "rollout.servers=['http://10.0.0.5:8000','https://node7']"
@@ -78,3 +80,10 @@ def test_the_version_of_launched_servers(load, tmp_path: Path):
     ]
     with pytest.raises(ConfigError, match=r"has vLLM 0\.31\.1, which does not say which weights"):
         load(*keys)
+
+
+def test_the_plan_says_where_servers_are_and_what_an_update_does(load):
+    config = load("rollout.engine=vllm", SERVERS, "rollout.on_update=keep_kv")
+    plan = "\n".join(plan_lines(config, read_model_shape(config.model.hf_path), 1))
+    assert "engine     vLLM: http://10.0.0.5:8000, https://node7" in plan
+    assert "the old weights' caches: their log-probs differ" in plan

@@ -29,6 +29,7 @@ from megatron_a3po.rollout.vllm.server import Server
 from megatron_a3po.rollout.vllm.wire import Segment, ServerError, generate_body
 
 REMEMBERED_SEGMENTS = 100_000
+EVALUATION_SHARE = 4  # so many training requests are under way for one of an evaluation
 
 
 @dataclass
@@ -88,7 +89,9 @@ class VllmEngine:
         self._seed = seed
         self._segment_tokens = segment_tokens
         self._one_version = one_version
+        # Evaluation has slots of its own, or its many requests at once would keep training waiting.
         self._slots = asyncio.Semaphore(max_concurrent_samples)
+        self._greedy_slots = asyncio.Semaphore(max(1, max_concurrent_samples // EVALUATION_SHARE))
         self._closing = False
         self._num_lost = 0
         self._segments: deque[tuple[float, float, int]] = deque(maxlen=REMEMBERED_SEGMENTS)
@@ -144,7 +147,7 @@ class VllmEngine:
 
     async def _respond(self, request: SampleRequest) -> Sample:
         response = Response(request, self._one_version)
-        async with self._slots:
+        async with self._greedy_slots if request.greedy else self._slots:
             while response.finish_reason is None and not self._closing:
                 server = await self._fleet.pick()
                 if (segment := await self._segment(server, response)) is not None:

@@ -174,11 +174,12 @@ class LaunchedPlace:
             raise ServerError(f"it ended with exit code {code}; the end of {self._log}:\n{end}")
 
     async def close(self) -> None:
-        if self._server is not None:
-            await self._server.close()
         if self._process is not None:
             await asyncio.to_thread(_end, self._process)
             self._process = None
+        if self._server is not None:
+            await self._server.close()
+            self._server = None
 
 
 def new_token_file(file: Path) -> str:
