@@ -80,6 +80,8 @@ class Actor:
 
     def start_stage(self, schedule: Schedule) -> None:
         """Begin a training stage with fresh moments and its own schedule."""
+        # At TP > 1 without sequence parallelism every tensor rank routes the same tokens: gradients would be wrong.
+        assert self.shape.experts is None, "training a model with experts is refused at the start"
         self.optimizer = Optimizer(self.config, schedule, self.model)
 
     def pack(self, mini_batch: list[AlignedSequence]) -> list[MicroBatch]:

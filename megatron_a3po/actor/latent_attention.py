@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer import multi_latent_attention
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_a3po.actor.attention import PackedSequences
 from megatron_a3po.actor.experts import must_divide
@@ -50,7 +51,10 @@ class LatentAttention(multi_latent_attention.MLASelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [rows (/TP under sequence parallelism), 1, hidden] -> the same, and no bias."""
         query, key, value = self._query_key_value(hidden_states, rotary_pos_emb)
-        attended = self.core_attention(query, key, value, packed_seq_params=packed_seq_params)
+        # Attention's quick kernels want one head size for all three; zeros of the values stay zeros.
+        padded = pad(value, (0, query.shape[-1] - value.shape[-1]))
+        attended = self.core_attention(query, key, padded, packed_seq_params=packed_seq_params)
+        attended = attended.unflatten(-1, padded.shape[-2:])[..., : value.shape[-1]].flatten(-2)
         return self.linear_proj(attended)
 
     def _query_key_value(self, hidden: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
