@@ -216,12 +216,11 @@ def test_refusal(run_file: Path, overrides: list[str], fragments: list[str]):
 @pytest.mark.parametrize(
     ("changes", "fragments"),
     [
-        ({"model_type": "llama"}, ['model_type is "llama"', "qwen2"]),
-        ({"model_type": "qwen2_moe", "num_experts": 8}, ["num_experts is 8", "experts are not supported"]),
-        ({"num_local_experts": 8}, ["num_local_experts is 8", "experts are not supported"]),
+        ({"model_type": "phi3"}, ['model_type is "phi3"', "qwen2", "gemma3_text"]),
+        ({"model_type": "qwen2_moe", "num_experts": 8}, ['model_type is "qwen2_moe"', "num_experts is 8"]),
+        ({"num_local_experts": 8}, ["num_local_experts is 8", "has no experts"]),
         ({"attention_dropout": 0.1}, ["attention_dropout is 0.1", "dropout is not supported"]),
         ({"resid_pdrop": 0.1}, ["resid_pdrop is 0.1", "dropout is not supported"]),
-        ({"use_sliding_window": True}, ["use_sliding_window"]),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ['"yarn"']),
         ({"hidden_act": "gelu"}, ["hidden_act"]),
         ({"vocab_size": None}, ["vocab_size"]),
