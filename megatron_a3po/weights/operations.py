@@ -48,6 +48,11 @@ def _num_rows(source: SliceReader) -> int:
     return (sizes.get_shape() if hasattr(sizes, "get_shape") else sizes.shape)[0]
 
 
+def _joined(shards: Sequence[Tensor], dim: int) -> Tensor:
+    # One shard is the whole, and may be too large to be copied for nothing.
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
+
+
 # Replicated over the tensor axis: norms, routers.
 def _copy_merge(shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
     for tp_rank, shard in enumerate(shards[1:], start=1):
@@ -66,7 +71,7 @@ def _row_shard(sources: Sequence[SliceReader], layout: Layout) -> Tensor:
     return sources[0][:, _part(width, layout)]
 
 
-row = Operation(shard=_row_shard, merge=lambda shards, shape: [torch.cat(list(shards), dim=1)])
+row = Operation(shard=_row_shard, merge=lambda shards, shape: [_joined(shards, dim=1)])
 
 
 # Split along the vocabulary, padded at its end with zeros that the loss layer never reads.
@@ -77,14 +82,14 @@ def _vocab_shard(sources: Sequence[SliceReader], layout: Layout) -> Tensor:
 
 
 vocabulary = Operation(
-    shard=_vocab_shard, merge=lambda shards, shape: [torch.cat(list(shards), dim=0)[: shape.vocab_size]]
+    shard=_vocab_shard, merge=lambda shards, shape: [_joined(shards, dim=0)[: shape.vocab_size]]
 )
 
 
 # Split along the output dimension: latent attention's projections.
 column = Operation(
     shard=lambda sources, layout: sources[0][_part(_num_rows(sources[0]), layout)],
-    merge=lambda shards, shape: [torch.cat(list(shards))],
+    merge=lambda shards, shape: [_joined(shards, dim=0)],
 )
 
 
@@ -118,7 +123,7 @@ def _qkv_shard(sources: Sequence[SliceReader], layout: Layout) -> Tensor:
 def _qkv_merge(shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
     heads_per_group = shape.num_attention_heads // shape.num_query_groups
     widths = [heads_per_group * shape.head_dim, shape.head_dim, shape.head_dim]
-    full = torch.cat(list(shards)).unflatten(0, (shape.num_query_groups, sum(widths)))
+    full = _joined(shards, dim=0).unflatten(0, (shape.num_query_groups, sum(widths)))
     return [part.flatten(0, 1) for part in full.split(widths, dim=1)]
 
 

@@ -27,7 +27,7 @@ from megatron_a3po.config import read_model_shape
 from megatron_a3po.weights.families import FAMILIES
 from megatron_a3po.weights.manifest import damage
 from tests.distributed.ranks import RanksFailed, run_ranks
-from tests.weights.checkpoints import COMMON, DENSE, write_checkpoint
+from tests.weights.checkpoints import COMMON, DENSE, write_checkpoint, write_dense
 from tests.weights.test_expert_families import COMMON as EXPERTS_COMMON
 from tests.weights.test_expert_families import CONFIGS as EXPERTS
 from tests.weights.test_round_trip import assert_identical, tensors_of
@@ -79,7 +79,7 @@ def qwen2_config(**changes: Any) -> Qwen2Config:
 
 def write_family(folder: Path, family: str) -> Path:
     if family in DENSE:
-        return write_checkpoint(folder, DENSE[family]())
+        return write_dense(folder, family)
     config, keys = EXPERTS[family]
     write_checkpoint(folder, config(**EXPERTS_COMMON, **keys))
     for file in folder.glob("*.safetensors"):  # buffers, which start as zeros
@@ -129,9 +129,7 @@ def test_a_family_goes_there_and_back_bit_for_bit_and_computes_the_same(tmp_path
 
 
 def test_every_family_of_the_tables_is_tested():
-    tested = {config().model_type for config in DENSE.values()} | {
-        config.model_type for config, _ in EXPERTS.values()
-    }
+    tested = {config.model_type for config, _ in [*DENSE.values(), *EXPERTS.values()]}
     assert tested == set(FAMILIES)
 
 

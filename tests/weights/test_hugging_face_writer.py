@@ -1,10 +1,10 @@
 """The streaming writer: other readers read it, files are split by size, nothing half-written keeps the final name."""
 
 import json
+import os
 import resource
 import signal
-import subprocess
-import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from megatron_a3po.errors import OutputError
 from megatron_a3po.weights.hugging_face import write_hugging_face
 from megatron_a3po.weights.manifest import damage
 from megatron_a3po.weights.safetensors_file import Announced, SafetensorsFile
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import RanksFailed, run_ranks
 
 TENSORS = {
     "a.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -212,28 +212,19 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, template: Path):
         write(tmp_path / "file" / "out", template, blocks(1))
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from megatron_a3po.weights.hugging_face import write_hugging_face
-from megatron_a3po.weights.safetensors_file import Announced
-
-def tensors():
-    for number in range(10):
-        if number == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield f"block.{number}", torch.zeros(1000)
-
-announced = [Announced(f"block.{number}", (1000,), torch.float32) for number in range(10)]
-folder = Path(sys.argv[1])
-write_hugging_face(tensors(), announced, folder / "out", template=folder / "template", peers=None, lasting=True)
-"""
-
-
 def test_a_writer_that_is_killed_leaves_nothing_under_the_final_name(tmp_path: Path, template: Path):
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
-    assert ended.returncode == -signal.SIGKILL
+    def on_rank(rank: int, world_size: int) -> None:
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for number, one in enumerate(blocks(10).items()):
+                if number == 7:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield one
+
+        own = announced(blocks(10))
+        write_hugging_face(tensors(), own, tmp_path / "out", template=template, peers=None, lasting=True)
+
+    with pytest.raises(RanksFailed, match="exit code -9"):
+        run_ranks(on_rank, 1, joined=False)
     assert names(tmp_path) == {"template", "out.tmp"}
     write(tmp_path / "out", template, blocks(1))
     assert names(tmp_path) == {"template", "out"}
@@ -245,7 +236,6 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path, template: Path):
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         nonlocal alive, most
-        import weakref
 
         def gone() -> None:
             nonlocal alive
