@@ -1,14 +1,12 @@
 """The scripts of `slurm/` on a real Slurm: jobs that are stopped, lose a node or their tasks, and continue."""
 
 import os
-import shutil
 import signal
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from megatron_a3po.trainer.batch import batch_path
 from tests.slurm.cluster import Cluster, Job
 from tests.slurm.conftest import EVERY, ROOT, STEPS
 from tests.trainer.replay import Replays, Rows, Weights, identical, logs_of, without_times
@@ -218,20 +216,21 @@ def test_doctor_says_what_a_job_sees(site: Site) -> None:
 
 @pytest.mark.slow
 def test_a_real_time_limit(site: Site) -> None:
-    """Limits are whole minutes, and Slurm looks twice a minute."""
-    steps, run_dir = 1500, site.runs.folder / "limited"
-    batches = site.runs.folder / "a-minute-of-batches"
-    shutil.rmtree(batches, ignore_errors=True)
-    batches.mkdir()
-    for step in range(1, steps + 1):
-        os.link(batch_path(site.runs.folder / "batches", 1 + (step - 1) % 4), batch_path(batches, step))
-    argv = [*site.runs.argv("limited", f"trainer.steps={steps}", f"trainer.replay={batches}")[1:], *TP2]
-    options = ["--time=1", "--signal=B:USR1@15", "--nodes=2", "--ntasks-per-node=1"]
-    job = site.start("train_nodes.sbatch", options, argv)
+    """Live rollouts whose rewards take their time: longer than the limit of two minutes, whatever the machine."""
+    steps, run_dir = 20, site.runs.folder / "limited"
+    rollouts = [
+        "trainer.replay=null",
+        f"trainer.steps={steps}",
+        "rollout.max_staleness=null",
+        "rollout.fixed_staleness=1",
+        "reward={type: function, path: 'tests.trainer.rewards:slow'}",
+    ]
+    options = ["--time=2", "--signal=B:USR1@30", "--nodes=2", "--ntasks-per-node=1"]
+    job = site.start("train_nodes.sbatch", options, [*site.runs.argv("limited", *rollouts)[1:], *TP2])
     assert job.wait(timeout_s=1200) == ("COMPLETED", 0), site.told(job, "limited")
     assert job.restarts >= 1
-    rows = site.runs.rows("limited")
-    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert "asked to stop, then to continue" in job.output()
+    assert [row["step"] for row in site.runs.rows("limited")] == list(range(1, steps + 1))
     assert num_rows(run_dir) == steps, "a step was done twice: some attempt ended without its checkpoint"
 
 
