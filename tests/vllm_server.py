@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_a3po.rollout.engines.vllm import VllmEngine
 from megatron_a3po.rollout.vllm.fleet import Fleet
@@ -131,4 +131,4 @@ def serve(root: Path) -> Iterator[VllmServer]:
 
 
 def read_model(directory: Path) -> Qwen2ForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return Qwen2ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
