@@ -51,6 +51,10 @@ step() {
 begin() {
     ARGUMENTS=("$@")
     mkdir -p "$LOGS" || finish 3 "cannot write to $LOGS: set A3PO_LOGS to a folder that every node sees"
+    touch "$JOB_LOGS/attempts"
+    if [[ " $* " == *" --resume"[\ =]"never "* ]]; then
+        finish 2 "--resume never would begin anew at every attempt: move the old run aside by hand, or give another run_dir=..."
+    fi
     local status=0 plan
     step --nodes=1 --ntasks=1 --output="$LOGS/plan.yaml" --error="$LOGS/plan.err" -- \
         "$PYTHON" -m megatron_a3po train --dry-run "$@" || status=$?
@@ -80,7 +84,7 @@ completed_steps() {
 
 # The number of latest attempts in a row that began at this step.
 fruitless() {
-    awk -v step="$1" '{ count = $1 == step ? count + 1 : 0 } END { print count + 0 }' "$JOB_LOGS/attempts" 2>/dev/null || echo 0
+    awk -v step="$1" '{ count = $1 == step ? count + 1 : 0 } END { print count + 0 }' "$JOB_LOGS/attempts"
 }
 
 # run_training NODES TASKS_PER_NODE: pre-flight, then the ranks; ends the script.
@@ -142,7 +146,7 @@ words() {
         2) echo "configuration or input is wrong; the sentences are in $LOGS" ;;
         3) echo "needs a person: why is in the last lines of $RUN_DIR/logs/rank-0.log" ;;
         70) echo "a rank crashed; why is at the end of its log in $RUN_DIR/logs" ;;
-        75) echo "stopped with a checkpoint" ;;
+        75) echo "stopped early" ;;
         130) echo "interrupted" ;;
         *) if (($1 > 128)); then echo "a task was ended by signal $(($1 - 128))"; else echo "ended with code $1"; fi ;;
     esac

@@ -34,7 +34,7 @@ STATES: Mapping[str, str] = {
 ENDINGS: Mapping[int, str] = {  # of FAILED, by the exit code of its script
     EXIT_BAD_INPUT: "the configuration or an input is wrong: its log has the sentences; mend it, submit it again",
     EXIT_NEEDS_PERSON: "needs a person: the last line of its log says why; then submit it again to continue",
-    EXIT_STOPPED: "stopped with a checkpoint, as it was asked to: submit it again to continue",
+    EXIT_STOPPED: "stopped early, as it was asked to: submit it again to continue",
     EXIT_INTERRUPTED: "was interrupted: submit it again to continue from the last checkpoint",
 }
 

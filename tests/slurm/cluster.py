@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from megatron_a3po.lifetime import end_with_parent
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 PACKAGES = "munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins"
 SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"  # daemons live where an ordinary user's PATH does not lead
@@ -56,6 +58,7 @@ SlurmdTimeout=5
 KillWait={kill_wait_s}
 MinJobAge=3600
 JobRequeue=1
+FirstJobId={first_job}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
@@ -179,7 +182,12 @@ class Cluster:
     def _daemon(self, name: str, *argv: str) -> None:
         with (self.folder / f"{name}.out.log").open("ab") as output:
             self._daemons[name] = subprocess.Popen(
-                argv, env=self.environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                argv,
+                env=self.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                preexec_fn=end_with_parent,  # also where this process is killed
             )
 
     def _configure(self, kill_wait_s: int) -> None:
@@ -200,6 +208,8 @@ class Cluster:
                 host=host,
                 controller_port=controller_port,
                 user=_user(),
+                # Ports are made of it, and clusters may stand side by side.
+                first_job=os.getpid() % 100_000 * 10 + 1,
                 folder=self.folder,
                 kill_wait_s=kill_wait_s,
                 nodes="\n".join(lines),

@@ -85,7 +85,7 @@ def test_a_job_that_is_told_to_stop_goes_on_as_if_nothing_had_been(site: Site, s
     attempts = site.has_continued(job, "stopped", straight[4])
     assert MIDDLE <= attempts.count(1) < STEPS
     assert attempts == sorted(attempts)
-    assert "stopped with a checkpoint; continues as attempt 2" in job.output()
+    assert "stopped early; continues as attempt 2" in job.output()
     for attempt in (1, 2):  # the file's name has the node's number, the machine's name and the rank
         logs = sorted(path.name for path in site.logs(job, attempt).glob("*-rank-*"))
         assert [(name[0], name[-5]) for name in logs] == [("0", "0"), ("0", "1"), ("1", "2"), ("1", "3")]
@@ -100,7 +100,7 @@ def test_a_preempted_job_saves_and_waits_for_its_next_turn(site: Site, straight)
     assert other.wait() == ("COMPLETED", 0), site.told(job, "preempted")
     attempts = site.has_continued(job, "preempted", straight[2])
     assert MIDDLE <= attempts.count(1) < STEPS
-    assert "stopped with a checkpoint; continues as attempt 2" in job.output()
+    assert "stopped early; continues as attempt 2" in job.output()
 
 
 def test_a_job_that_loses_a_node_goes_on_elsewhere(site: Site, straight) -> None:
@@ -151,8 +151,8 @@ def test_one_node_that_is_told_to_end_saves_and_ends(site: Site) -> None:
     job.cancel("--batch", "--signal=USR2")
     assert job.wait() == ("FAILED", 75), site.told(job, "one-node")
     assert step_of(run_dir / "checkpoints" / f"step-{num_rows(run_dir)}") < STEPS
-    assert "stopped with a checkpoint; asked to end" in job.output()
-    assert "FAILED: stopped with a checkpoint, as it was asked to" in doctor(site, job)
+    assert "stopped early; asked to end" in job.output()
+    assert "FAILED: stopped early, as it was asked to" in doctor(site, job)
 
 
 def test_a_job_that_never_completes_a_step_stops_for_a_person(site: Site) -> None:
@@ -172,6 +172,10 @@ def test_a_wrong_configuration_is_not_tried_twice(site: Site) -> None:
     assert job.restarts == 0
     assert 'actor.lr is "fast"' in job.output()
     assert "FAILED: the configuration or an input is wrong" in doctor(site, job)
+
+    anew = site.start("train_nodes.sbatch", [], [str(site.runs.config), "--resume", "never"])
+    assert anew.wait() == ("FAILED", 2), anew.said()
+    assert "would begin anew at every attempt" in anew.output()
 
 
 def test_a_bad_node_is_named_and_a_spare_one_stands_in(site: Site) -> None:
