@@ -71,7 +71,7 @@ class Actor:
             "loss layer: %d tokens at a time on %d rows of the vocabulary, %.0f MiB of logits",
             chunk_tokens,
             vocab_shard,
-            chunk_tokens * vocab_shard * 4 / 2**20,
+            chunk_tokens * vocab_shard * (2 if actor.bf16 and grid.device.type == "cuda" else 4) / 2**20,
         )
         settings = LossSettings(shape.vocab_size, temperature, actor.sequence_parallel, chunk_tokens)
         self.pipeline = Pipeline(self.model, grid, settings)

@@ -10,6 +10,7 @@ below it, which leaves the statistics to the training step.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -99,10 +100,10 @@ def staleness_statistics(token_loss: TokenLoss, staleness: Int[Tensor, "trained"
         "behave_imp_weight": token_loss.behave_imp_weight,
         "clipped": token_loss.clipped.float(),
     }
-    starts = torch.tensor(list(STALENESS.values())[1:], device=staleness.device)
-    split = torch.bucketize(staleness, starts, right=True)
     found = Statistics.empty((), staleness.device)
-    for number, label in enumerate(STALENESS):
+    # Bounds as Python numbers: a tensor of them would be a copy to the device that the host waits for.
+    for label, (first, end) in zip(STALENESS, pairwise([*STALENESS.values(), None]), strict=True):
+        inside = staleness >= first if end is None else (staleness >= first) & (staleness < end)
         named = {f"{name}/staleness_{label}": vector for name, vector in vectors.items()}
-        found = found.merge(Statistics.of(named, where=split == number))
+        found = found.merge(Statistics.of(named, where=inside))
     return found

@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_a3po.algorithm.statistics import Statistics
-
 Group = dist.ProcessGroup | None  # None: one rank
 
 
@@ -64,13 +62,3 @@ def start_reduce_scatter(summands: Tensor, group: Group) -> Pending:
     share = torch.empty_like(summands[0])
     work = dist.reduce_scatter_tensor(share, summands.flatten(0, 1), group=group, async_op=True)
     return Pending(share, work)
-
-
-def merge_over_ranks(statistics: Statistics, names: tuple[str, ...], group: Group) -> Statistics:
-    """The whole step's statistics on every rank of the group: one all-gather, merged locally.
-
-    `names` is the same on all ranks. A rank without values (an earlier pipeline stage) passes an empty
-    `Statistics`; tensor-parallel ranks all hold the same values, so all but one of them must pass an empty
-    one too.
-    """
-    return Statistics.merged(names, start_all_gather(statistics.aligned(names).table, group).wait())

@@ -44,7 +44,8 @@ class LogitsGradient:
         if by_entropy is not None:
             slope = -by_entropy * log_scale.exp()
             at_one = row_factor + slope * (log_scale + softmax.entropy)  # of E = 1: log p_j = log_scale
-            add_entropy_gradient_(shard.exponentials, at_one, slope)
+            if shard.exponentials.shape[1] > 0:
+                add_entropy_gradient_(shard.exponentials, at_one, slope)
             row_factor = torch.ones_like(row_factor)
             surprise = softmax.logp.exp() * (softmax.logp + softmax.entropy)
             target_value = target_value - by_entropy * surprise

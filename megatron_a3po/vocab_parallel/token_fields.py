@@ -18,7 +18,9 @@ Tokens = slice | Tensor  # some of the trained tokens: a run of them, or their i
 class TokenFields:
     """Fields of the trained tokens; replicated over the tensor-parallel ranks."""
 
-    labels: Int[Tensor, "trained"]  # the token each row predicts
+    labels: Int[
+        Tensor, "trained"
+    ]  # the token each row predicts, 0 .. vocab_size - 1: others are not found out
     behave_logp: Float[Tensor, "trained"]  # as the sampler reported it, at the sampling temperature
     staleness: Int[Tensor, "trained"]  # current_version - version, checked to be >= 0
     advantages: Float[Tensor, "trained"]

@@ -47,6 +47,11 @@ class TrainedRows:
         local = mask.nonzero()[:, 0]
         return cls(local, (len(local),))
 
+    @classmethod
+    def of_masks(cls, masks: Bool[Tensor, "ranks rows"], tp_rank: int) -> "TrainedRows":
+        """Under sequence parallelism: the masks of all ranks' slices, of which `tp_rank` is this rank's."""
+        return cls(masks[tp_rank].nonzero()[:, 0], tuple(masks.sum(1).tolist()))
+
     @property
     def total(self) -> int:
         """Trained tokens of the micro-batch, over all slices of the sequence."""

@@ -1,5 +1,6 @@
 """What the layer refuses, in words, and what it says of numbers that are not finite."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_a3po.vocab_parallel import vocab_parallel_loss
-from megatron_a3po.vocab_parallel.limits import SpentOnce, refuse_loss_scaling
+from megatron_a3po.vocab_parallel import TrainedRows, vocab_parallel_logp, vocab_parallel_loss
+from megatron_a3po.vocab_parallel.limits import SpentOnce, refuse_loss_scaling, refuse_too_few_sweeps
 from tests.vocab_parallel.problem import (
     OBJECTIVE,
     SEQUENCE_OBJECTIVES,
@@ -106,3 +107,37 @@ def test_a_non_finite_hidden_state_is_named(sweeps: Sweeps):
     hidden = problem.hidden.clone()
     hidden[problem.trained[5]] = torch.inf
     assert loss_of(hidden, sweeps).first_nonfinite.item() == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"sequence_parallel": False, "rows": TrainedRows(torch.arange(3), (3, 0))},
+            "rows.counts has 2 entries",
+        ),
+        ({"rows": TrainedRows(torch.arange(3), (4,))}, "rows.local has 3 rows, but rows.counts says 4"),
+        ({"rows": TrainedRows(torch.arange(3), (3,))}, "labels, but 3 trained rows"),
+        ({"vocab_size": 57}, "vocab_size is 57, but 1 shards of 56 rows hold 56"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_together_is_refused(change: dict[str, Any], says: str):
+    problem = random_problem()
+    call = {
+        "rows": rows_of(problem),
+        "fields": problem.fields,
+        "objective": problem.objective,
+        **CALL,
+        **change,
+    }
+    with pytest.raises(ValueError, match=re.escape(says)):
+        vocab_parallel_loss(problem.hidden, problem.weight, **call)
+    settings = {key: call[key] for key in (*CALL, "rows")}
+    with pytest.raises(ValueError, match=re.escape(says)):
+        vocab_parallel_logp(problem.hidden, problem.weight, labels=problem.fields.labels, **settings)
+
+
+def test_there_are_one_or_two_sweeps():
+    with pytest.raises(ValueError, match="sweeps is 3, but must be 1 or 2"):
+        refuse_too_few_sweeps(OBJECTIVE, 3)

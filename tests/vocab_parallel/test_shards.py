@@ -13,10 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_a3po.algorithm.metric_table import QUANTITIES, report
-from megatron_a3po.algorithm.statistics import Statistics
-from megatron_a3po.vocab_parallel import vocab_parallel_logp
-from megatron_a3po.vocab_parallel.collectives import merge_over_ranks
+from megatron_a3po.vocab_parallel import A3POLoss, TrainedRows, a3po_loss, vocab_parallel_logp
 from megatron_a3po.vocab_parallel.trained_rows import row_exchange
 from tests.distributed.ranks import run_ranks
 from tests.vocab_parallel.problem import (
@@ -42,6 +39,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "a shard that holds no target": {"highest_label": 28},
     "a slice without trained rows": {"trained": ONE_SLICE},
     "a slice of one trained row": {"trained": torch.cat([ONE_SLICE, torch.tensor([31])])},
+    "a shard of padding alone, with an entropy term": {"vocab_size": 20, "entropy_coef": 0.05},
     "no trained token": {"trained": torch.empty(0, dtype=torch.int64)},
     "one trained token": {"trained": torch.tensor([39])},
     "with an entropy term": {"entropy_coef": 0.05},
@@ -138,7 +136,6 @@ def on_each_rank(rank: int, world_size: int) -> dict[str, Any]:
         shapes[sp] = watch.shapes
     rounded = bfloat16_problem()
     answers["bfloat16"] = layer_answer(rounded, **answered, dtype=torch.bfloat16)
-    measured = Statistics.of({"kl": torch.tensor([1.0, 3.0])}) if rank == 1 else Statistics.empty(())
     return {
         "answers": answers,
         "logp": {sp: score(plain, group, sp) for sp in (False, True)},
@@ -152,8 +149,24 @@ def on_each_rank(rank: int, world_size: int) -> dict[str, Any]:
             for sp in (False, True)
             for sweeps in (1, 2)
         },
-        "metrics": report(merge_over_ranks(measured, QUANTITIES, group)),
+        "public": {sp: public_answer(plain, group, sp) for sp in (False, True)},
     }
+
+
+def public_answer(problem: Problem, group: dist.ProcessGroup | None, sequence_parallel: bool) -> A3POLoss:
+    """As a trainer of another make would call it."""
+    hidden, weight, rows = part_of(problem, group, sequence_parallel)
+    found = a3po_loss(
+        hidden,
+        weight,
+        rows,
+        problem.fields,
+        group=group,
+        sequence_parallel=sequence_parallel,
+        vocab_size=problem.vocab_size,
+        chunk_tokens=7,
+    )
+    return replace(found, loss=found.loss.detach())
 
 
 def score(problem: Problem, group: dist.ProcessGroup, sequence_parallel: bool) -> tuple[Tensor, Tensor]:
@@ -305,5 +318,20 @@ def test_chunks_take_every_token_once_and_an_even_share_of_each_rank(
 
 
 @shards
-def test_statistics_merge_over_ranks_of_which_some_have_none(ranks: Ranks, num_shards: int):
-    assert [rank["metrics"] for rank in ranks(num_shards)] == [{"ppo_actor/update/kl/avg": 2.0}] * num_shards
+@layouts
+def test_the_call_for_other_trainers_is_the_same_on_every_rank(ranks: Ranks, num_shards: int, sp: bool):
+    alone = public_answer(problem_of("plain"), None, False)
+    for rank in ranks(num_shards):
+        found = rank["public"][sp]
+        assert abs(found.loss - alone.loss) < 1e-4 * abs(alone.loss)
+        names = alone.statistics.names
+        assert found.statistics.names == names
+        # Slices hold the tokens in their order here, so sums differ by rounding alone.
+        torch.testing.assert_close(found.statistics.table, alone.statistics.table, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_slices_from_their_masks():
+    masks = torch.tensor([[True, False, True], [False, False, False]])
+    first, second = (TrainedRows.of_masks(masks, tp_rank) for tp_rank in (0, 1))
+    assert (first.local.tolist(), second.local.tolist()) == ([0, 2], [])
+    assert first.counts == second.counts == (2, 0)
