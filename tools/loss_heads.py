@@ -158,14 +158,16 @@ def chunked_recompute(problem: HeadProblem) -> Work | str:
 
 
 def torch_cross_entropy(problem: HeadProblem) -> Work | str:
-    """torch's own chunked head: a cross-entropy, no log-probs, no objective."""
+    """torch's own chunked head, in this layer's chunks: a cross-entropy, no log-probs, no objective."""
     if problem.group is not None:
         return "one shard only"
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
         return "not in this torch"
     ignored = torch.full((len(problem.hidden),), -100, device=problem.hidden.device)
     labels = ignored.index_copy(0, problem.rows.local, problem.fields.labels)
-    options = torch.nn.LinearCrossEntropyOptions()
+    options = torch.nn.LinearCrossEntropyOptions(
+        chunking_method=None, batch_chunk_size=min(problem.chunk_tokens, len(labels))
+    )
 
     def work() -> None:
         torch.nn.functional.linear_cross_entropy(
@@ -176,7 +178,7 @@ def torch_cross_entropy(problem: HeadProblem) -> Work | str:
 
 
 def liger_grpo(problem: HeadProblem, sequences: int = 4) -> Work | str:
-    """liger-kernel's fused linear GRPO loss, not compiled: rows as `sequences` equal sequences."""
+    """liger-kernel's fused linear GRPO loss, not compiled: rows as `sequences` equal sequences, in one chunk."""
     if problem.group is not None:
         return "one shard only"
     try:
@@ -185,7 +187,8 @@ def liger_grpo(problem: HeadProblem, sequences: int = 4) -> Work | str:
         )
     except ImportError:
         return "liger-kernel is not installed"
-    head = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="bnpo")
+    settings = {"beta": 0.0, "compiled": False, "use_ref_model": False, "loss_type": "bnpo"}
+    head = LigerFusedLinearGRPOLoss(**settings, chunk_size=sequences)
     fields, shape = problem.all_fields, (sequences, len(problem.hidden) // sequences)
     behave, advantages = fields.behave_logp.view(shape), fields.advantages.view(shape)[:, 0].contiguous()
     mask = fields.loss_weights.view(shape)
@@ -202,11 +205,6 @@ def liger_grpo(problem: HeadProblem, sequences: int = 4) -> Work | str:
         loss.backward()
 
     return work
-
-
-def one_shard(problem: HeadProblem) -> Work:
-    """The same case on one rank alone: what the ranks' total work is compared with."""
-    return layer(problem)
 
 
 FLOOR, LAYER = "three products", "this layer"
