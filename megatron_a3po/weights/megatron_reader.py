@@ -21,6 +21,7 @@ from megatron_a3po.config import ModelShape, read_model_shape
 from megatron_a3po.errors import InputError
 from megatron_a3po.weights.families import Parameter, Table, table_of
 from megatron_a3po.weights.megatron_checkpoint import HUGGING_FACE, LAYOUT, Placed, place
+from megatron_a3po.weights.operations import Layout, vocabulary
 from megatron_a3po.weights.safetensors_file import Announced
 from megatron_a3po.weights.unpickling import read_metadata
 
@@ -82,11 +83,13 @@ class MegatronReader:
                 yield key, one
 
     def announced(self, dtype: torch.dtype | None = None) -> list[Announced]:
-        """What `hugging_face_tensors` will yield. Errors: InputError where tensors are missing or left over."""
+        """What `hugging_face_tensors` will yield. Errors: InputError where one is missing, misshapen or left over."""
         found, used = [], set()
         for parameter in self.table.parameters:
-            key = self._placed(parameter).key
+            placed = self._placed(parameter)
+            key = placed.key
             used.add(key)
+            self._check_size(parameter, placed)
             stored = parameter.dtype(self.tensors[key].properties.dtype, dtype)
             found += [Announced(name, size, stored) for name, size in parameter.tensors.items()]
         if left := sorted(self.tensors.keys() - used):
@@ -106,17 +109,13 @@ class MegatronReader:
             for name, tensor in zip(
                 parameter.tensors, parameter.operation.merge([full], self.shape), strict=True
             ):
-                if tuple(tensor.shape) != parameter.tensors[name]:
-                    raise InputError(
-                        f"{self.directory}: {parameter.name} makes {name} {tuple(tensor.shape)}, but config.json asks "
-                        f"for {parameter.tensors[name]}; they belong to different models"
-                    )
                 yield name, tensor.to(parameter.dtype(tensor.dtype, dtype))
                 advance(tensor.numel())
 
     def read(self, parameter: Parameter) -> Tensor:
-        """The whole parameter, as one tensor rank would have it."""
+        """The whole parameter, as one tensor rank has it. Errors: InputError where it is damaged or misshapen."""
         placed = self._placed(parameter)
+        self._check_size(parameter, placed)
         described = self.tensors[placed.key]
         start = (*placed.index, *(0 for _ in described.size[len(placed.index) :]))
         size = (*(1 for _ in placed.index), *described.size[len(placed.index) :])
@@ -129,7 +128,28 @@ class MegatronReader:
         except (OSError, RuntimeError, AssertionError, EOFError) as error:
             first = str(error).splitlines()[0]
             raise InputError(f"{self.directory}: {placed.key} cannot be read ({first})") from None
-        return target[(0,) * len(placed.index)]
+        found = target[(0,) * len(placed.index)]
+        if parameter.operation is vocabulary and found[self.shape.vocab_size :].any():
+            raise InputError(
+                f"{self.directory} has weights in {parameter.fused_name} for {len(found)} tokens, but config.json "
+                f"has vocab_size={self.shape.vocab_size}, and rows that only pad are zeros: set it to the "
+                "model's own, or to all rows to keep them."
+            )
+        return found
+
+    def _check_size(self, parameter: Parameter, placed: Placed) -> None:
+        """The vocabulary may have more rows than config.json says, which pad it."""
+        stored = tuple(self.tensors[placed.key].size)
+        rows = self.shape.vocab_size
+        if parameter.operation is vocabulary and len(stored) == 2:
+            rows = max(rows, stored[0])
+        meta = [torch.empty(size, device="meta") for size in parameter.tensors.values()]
+        whole = parameter.operation.shard(meta, Layout(self.shape, rows, tp_rank=0, tp_size=1))
+        if stored != (wanted := (*placed.sizes, *whole.shape)):
+            raise InputError(
+                f"{self.directory} has {placed.key} of shape {stored}, but its {HUGGING_FACE}/config.json asks for "
+                f"{wanted}: bring weights and config.json of the same model."
+            )
 
     def _placed(self, parameter: Parameter) -> Placed:
         """By number or stacked over the layers too, with the norm's fused or its plain name."""

@@ -173,6 +173,40 @@ def test_a_tensor_too_many_and_one_too_few_are_named(model: Path, tied_model: Pa
         MegatronReader(tied).announced()
 
 
+def reconfigured(checkpoint: Path, **changes: Any) -> MegatronReader:
+    """As if another model's config.json lay with it."""
+    file = checkpoint / "hugging_face" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return MegatronReader(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"vocab_size": VOCAB_SIZE + 10},
+            r"word_embeddings\.weight of shape \(152, 64\).*asks for \(161, 64\)",
+        ),
+        ({"num_key_value_heads": 4}, r"0\.\S+linear_qkv\.weight of shape \(128, 64\).*asks for \(192, 64\)"),
+        ({"intermediate_size": 48}, r"0\.mlp\.linear_fc1\.weight of shape \(192, 64\).*asks for \(96, 64\)"),
+    ],
+    ids=str,
+)
+def test_a_tensor_of_another_size_is_named(model: Path, tmp_path: Path, changes: dict[str, Any], says: str):
+    reader = reconfigured(converted(model, tmp_path / "out", Ranks()), **changes)
+    for read in (reader.announced, lambda: list(reader.hugging_face_tensors())):
+        with pytest.raises(InputError, match=says):
+            read()
+
+
+def test_rows_of_the_vocabulary_that_are_no_padding_are_never_cut_off(model: Path, tmp_path: Path):
+    reader = reconfigured(converted(model, tmp_path / "out", Ranks(2, 1)), vocab_size=VOCAB_SIZE - 51)
+    with pytest.raises(
+        InputError, match=r"embeddings\.weight for 152 tokens, but config.json has vocab_size=100"
+    ):
+        list(reader.hugging_face_tensors())
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match="no distributed checkpoint of Megatron-Core"):
         MegatronReader(tmp_path)
