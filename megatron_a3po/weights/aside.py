@@ -1,8 +1,11 @@
 """A directory written beside its final name and renamed: whoever sees the final name sees all of it.
 
-A writer that is killed leaves `<name>.tmp`, which the next one to write there removes.
+A writer that is killed leaves `<name>.tmp`, which the next one to write there removes. What is replaced steps aside as
+`<name>.old.tmp` for the moment between two renames: a writer killed in just that moment leaves no `<name>`, but the old
+contents whole under that name and the new under the other; the next one to finish there removes both.
 """
 
+import errno
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -13,8 +16,15 @@ from typing import Self
 from megatron_a3po.errors import OutputError
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def aside_of(directory: Path) -> Path:
     return directory.with_name(directory.name + ".tmp")
+
+
+def replaced_of(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".old.tmp")
 
 
 def open_aside(directory: Path) -> Path:
@@ -26,9 +36,13 @@ def open_aside(directory: Path) -> Path:
 
 
 def close_aside(directory: Path) -> None:
-    """Give what was written its final name."""
-    shutil.rmtree(directory, ignore_errors=True)
+    """Give what was written its final name, which is never that of something half removed."""
+    replaced = replaced_of(directory)
+    if directory.is_dir() and not directory.is_symlink():
+        shutil.rmtree(replaced, ignore_errors=True)
+        directory.rename(replaced)
     aside_of(directory).rename(directory)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def drop_aside(directory: Path) -> None:
@@ -41,10 +55,11 @@ def noting(problems: list[str], directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        file = error.filename or aside_of(directory)
-        problems.append(
-            f"{file} cannot be written ({error.strerror}); free some space or choose another folder"
-        )
+        what = f"{error.filename or aside_of(directory)} cannot be written"
+        if error.filename2:
+            what = f"{error.filename} cannot be renamed to {error.filename2}"
+        mend = "free some space or choose another folder" if error.errno in FULL else "choose another folder"
+        problems.append(f"{what} ({error.strerror}); {mend}")
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config
 
 from megatron_a3po.config import read_model_shape
+from megatron_a3po.weights.aside import WrittenFile
 from megatron_a3po.weights.families import FAMILIES
 from megatron_a3po.weights.manifest import damage
 from tests.distributed.ranks import RanksFailed, run_ranks
@@ -241,14 +242,53 @@ def test_bad_input_is_a_sentence(qwen2: Path, converted: Path, tmp_path: Path):
     assert names(tmp_path) == before
 
 
-def test_an_old_output_is_replaced_when_asked(qwen2: Path, converted: Path, tmp_path: Path):
-    out = tmp_path / "out"
-    out.mkdir()
+def test_a_checkpoint_or_an_empty_folder_is_replaced_when_asked(qwen2: Path, converted: Path, tmp_path: Path):
+    out = Path(shutil.copytree(qwen2, tmp_path / "out"))
     (out / "old").write_text("")
+    left_over = tmp_path / "out.old.tmp"
+    left_over.mkdir()
     ended = commands(["megatron-to-hf", converted, out], ["megatron-to-hf", converted, out, "--overwrite"])
     assert [one.code for one in ended] == [2, 0]
+    assert names(tmp_path) == {"out"}
     assert "old" not in names(out)
     assert_identical(tensors_of(out), tensors_of(qwen2))
+    shutil.rmtree(out)
+    out.mkdir()
+    assert command("hf-to-megatron", qwen2, out, "--overwrite", prepare=lambda: os.chdir(out)).code == 0
+    assert command("hf-to-megatron", qwen2, ".", "--overwrite", prepare=lambda: os.chdir(out)).code == 0
+    assert names(tmp_path) == {"out"}
+
+
+def test_nothing_but_a_checkpoint_is_replaced_and_never_the_input(
+    qwen2: Path, converted: Path, tmp_path: Path
+):
+    out, work = tmp_path / "out", tmp_path / "work"
+    (work / "here").mkdir(parents=True)
+    (work / "thesis.txt").write_text("three years")
+    (tmp_path / "link").symlink_to(work / "here")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    sources = [Path(shutil.copytree(qwen2, f"{out}{end}")) for end in (".tmp", ".old.tmp")]
+    inner = Path(shutil.copytree(converted, tmp_path / "megatron.tmp" / "inner"))
+    step = tmp_path / "step-3"
+    shutil.copytree(converted, step / "actor")
+    cases: list[tuple[list[Any], str]] = [
+        *((["hf-to-megatron", source, out], "holds what is to be converted") for source in sources),
+        (["megatron-to-hf", inner, tmp_path / "megatron"], "holds what is to be converted"),
+        (["megatron-to-hf", step, step / "actor", "--overwrite"], "holds what is to be converted"),
+        (["megatron-to-hf", converted, "/", "--overwrite"], "holds what is to be converted"),
+        (["hf-to-megatron", qwen2, work, "--overwrite"], "work is no checkpoint"),
+        (["hf-to-megatron", qwen2, "..", "--overwrite"], ".. is no checkpoint"),
+        (["megatron-to-hf", converted, work / "thesis.txt", "--overwrite"], "thesis.txt is no folder"),
+        (["megatron-to-hf", converted, tmp_path / "link", "--overwrite"], "link is no folder"),
+        (["megatron-to-hf", converted, tmp_path / "nowhere"], "nowhere is no folder"),
+    ]
+    before = sorted(tmp_path.rglob("*"))
+    ended = commands(*(argv for argv, _ in cases), prepare=lambda: os.chdir(work / "here"))
+    for (argv, says), one in zip(cases, ended, strict=True):
+        assert one.code == 2, (argv, one)
+        assert says in one.error
+        assert "0%" not in one.error
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def limit_files() -> None:
@@ -271,25 +311,21 @@ def test_a_full_disk_leaves_nothing(qwen2: Path, converted: Path, tmp_path: Path
 
 
 def die_while_writing() -> None:
-    def look() -> None:
-        while True:
-            for file in Path(target).parent.glob("*.tmp/*"):
-                if file.stat().st_size > 30_000:
-                    os.kill(os.getpid(), signal.SIGKILL)
+    write = WrittenFile.write
 
-    threading.Thread(target=look, daemon=True).start()
+    def dies(file: WrittenFile, data: bytes | memoryview) -> int:
+        if file.tell() > 30_000:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(file, data)
 
-
-target = ""
+    WrittenFile.write = dies
 
 
 def test_a_killed_conversion_leaves_nothing_under_the_final_name(
     qwen2: Path, converted: Path, tmp_path: Path
 ):
-    global target
     for argv in (["hf-to-megatron", qwen2], ["megatron-to-hf", converted]):
         output = tmp_path / argv[0]
-        target = str(output)
         with pytest.raises(RanksFailed, match="exit code -9"):
             command(*argv, output, prepare=die_while_writing)
         assert not output.exists()

@@ -7,6 +7,7 @@ import signal
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,7 +163,46 @@ def test_what_was_there_is_replaced_and_leftovers_are_removed(tmp_path: Path, te
         (folder / "old.safetensors").write_text("old")
     write(out, template, blocks(1))
     assert "old.safetensors" not in names(out)
-    assert not left_over.exists()
+    assert names(tmp_path) == {"template", "out"}
+
+
+def test_what_is_replaced_is_whole_at_every_moment(
+    tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A writer ends at one rename after the other: one of three names always has the old or the new weights whole."""
+    out, replaced = tmp_path / "out", tmp_path / "out.old.tmp"
+    write(out, template, blocks(1))
+    whole, rename = names(out), Path.rename
+    for moment in range(2):
+        left = iter(range(moment))
+
+        def ends(path: Path, target: Path, left: Iterator[int] = left) -> Path:
+            if next(left, None) is None:
+                os._exit(0)
+            return rename(path, target)
+
+        def on_rank(rank: int, world_size: int, ends: Any = ends) -> None:
+            monkeypatch.setattr(Path, "rename", ends)
+            write(out, template, blocks(2))
+
+        with pytest.raises(RanksFailed):
+            run_ranks(on_rank, 1, joined=False)
+        old = out if moment == 0 else replaced
+        assert names(tmp_path) == {"template", old.name, "out.tmp"}
+        assert names(old) == names(tmp_path / "out.tmp") == whole
+        assert damage(old, 1) is None
+        assert damage(tmp_path / "out.tmp", 1) is None
+    write(out, template, blocks(2))
+    assert names(tmp_path) == {"template", "out"}
+
+
+def test_a_name_that_is_taken_is_said_so(tmp_path: Path, template: Path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(
+        OutputError, match=r"out\.tmp cannot be renamed to .*out \(Not a directory\); choose an"
+    ):
+        write(tmp_path / "out", template, blocks(1))
+    assert names(tmp_path) == {"template", "out"}
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, template: Path):
