@@ -14,15 +14,18 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_a3po.actor.actor import Actor
 from megatron_a3po.actor.model import TargetPolicy, unwrap
 from megatron_a3po.actor.optimizer import Optimizer
+from megatron_a3po.errors import InputError
 from megatron_a3po.lifetime import be_a_servant
 from megatron_a3po.weights.megatron_checkpoint import CONTENT_METADATA, describe
-from megatron_a3po.weights.unpickling import refuse_code
+from megatron_a3po.weights.unpickling import reason, refuse_code
 
 # Given to model and optimizer alike. Source: megatron.training.checkpointing._build_sharded_state_dict_metadata.
 _METADATA = {
@@ -55,7 +58,7 @@ def load(actor: Actor, directory: Path) -> None:
     for optimizer in optimizers:
         _ensure_moments(optimizer)
     with _torch_adam_step_is_carried(optimizers):
-        state: Any = dist_checkpointing.load(_sharded_state(actor, is_loading=True), str(directory))
+        state = _loaded(_sharded_state(actor, is_loading=True), directory)
         for key, chunk in _by_key(actor.model).items():
             chunk.load_state_dict(state[key])
         _optimizer(actor).megatron.load_state_dict(state["optimizer"])
@@ -65,11 +68,29 @@ def load(actor: Actor, directory: Path) -> None:
 
 
 def load_weights(model: Sequence[torch.nn.Module], directory: Path) -> None:
-    """The stages' weights alone, of a checkpoint that may have nothing else. Collective over all ranks."""
+    """The stages' weights alone, of a checkpoint that may have nothing else. Collective over all ranks.
+
+    Errors: InputError names a file that is damaged or would run code.
+    """
     refuse_code(directory)
-    state: Any = dist_checkpointing.load(_sharded_stages(model), str(directory))
+    state = _loaded(_sharded_stages(model), directory)
     for key, chunk in _by_key(model).items():
         chunk.load_state_dict(state[key])
+
+
+def _loaded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Of what Megatron-Core read. Errors: InputError on every rank where any could not read its part."""
+    try:
+        loaded: Any = dist_checkpointing.load(state, str(directory))
+        return loaded
+    except CheckpointException as error:
+        failures = [failure for failure, _ in error.failures.values()]
+    except (CheckpointingException, OSError, ValueError) as error:
+        failures = [error]
+    raise InputError(
+        f"{directory} is damaged or of another model ({reason(failures[0])}): take another checkpoint, or copy it "
+        "there anew."
+    )
 
 
 def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:

@@ -23,14 +23,14 @@ from megatron_a3po.weights.families import Parameter, Table, table_of
 from megatron_a3po.weights.megatron_checkpoint import HUGGING_FACE, LAYOUT, Placed, place
 from megatron_a3po.weights.operations import Layout, vocabulary
 from megatron_a3po.weights.safetensors_file import Announced
-from megatron_a3po.weights.unpickling import read_metadata
+from megatron_a3po.weights.unpickling import METADATA_FILE, read_metadata, reason
 
 OPTIMIZER = "optimizer."
 
 
 def megatron_directory(path: Path) -> Path | None:
     """Where under `path` the distributed checkpoint is; None: it is none."""
-    found = [folder for folder in (path, path / "actor") if (folder / ".metadata").is_file()]
+    found = [folder for folder in (path, path / "actor") if (folder / METADATA_FILE).is_file()]
     return found[0] if found else None
 
 
@@ -65,7 +65,12 @@ class MegatronReader:
     def layout(self) -> dict[str, Any]:
         """For which ranks it was cut, as far as it says."""
         file = self.directory / LAYOUT
-        return json.loads(file.read_text()) if file.is_file() else {}
+        try:
+            return dict(json.loads(file.read_bytes())) if file.is_file() else {}
+        except (OSError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{file} is no JSON object ({reason(error)}): copy it there anew, or remove it."
+            ) from None
 
     @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
@@ -120,14 +125,17 @@ class MegatronReader:
         start = (*placed.index, *(0 for _ in described.size[len(placed.index) :]))
         size = (*(1 for _ in placed.index), *described.size[len(placed.index) :])
         target = torch.empty(size, dtype=described.properties.dtype)
-        items = list(_read_items(placed.key, described, start, size))
         planner = DefaultLoadPlanner(flatten_state_dict=False)
         planner.set_up_planner({placed.key: target}, self.metadata, is_coordinator=True)
-        try:
-            self._reader.read_data(LoadPlan(items), planner)
-        except (OSError, RuntimeError, AssertionError, EOFError) as error:
-            first = str(error).splitlines()[0]
-            raise InputError(f"{self.directory}: {placed.key} cannot be read ({first})") from None
+        num_read = 0
+        for item in _read_items(placed.key, described, start, size):
+            self._read_item(item, planner)
+            num_read += item.lengths.numel()
+        if num_read != target.numel():
+            raise InputError(
+                f"{self.directory / METADATA_FILE} says where {num_read} of the {target.numel()} numbers of "
+                f"{placed.key} lie: copy the checkpoint there anew."
+            )
         found = target[(0,) * len(placed.index)]
         if parameter.operation is vocabulary and found[self.shape.vocab_size :].any():
             raise InputError(
@@ -136,6 +144,16 @@ class MegatronReader:
                 "model's own, or to all rows to keep them."
             )
         return found
+
+    def _read_item(self, item: ReadItem, planner: DefaultLoadPlanner) -> None:
+        file = self.directory / METADATA_FILE
+        try:
+            file = self.directory / self.metadata.storage_data[item.storage_index].relative_path
+            self._reader.read_data(LoadPlan([item]), planner)
+        except Exception as error:  # what a damaged pickle raises can be anything
+            raise InputError(
+                f"{file}: {item.storage_index.fqn} cannot be read ({reason(error)}): copy the checkpoint there anew."
+            ) from None
 
     def _check_size(self, parameter: Parameter, placed: Placed) -> None:
         """The vocabulary may have more rows than config.json says, which pad it."""

@@ -67,6 +67,9 @@ def read_metadata(directory: Path) -> Metadata:
         raise _refused(file, error) from None
     if not isinstance(metadata, Metadata):
         raise _refused(file, TypeError(f"it holds a {type(metadata).__name__}"))
+    held = vars(metadata)
+    if not all(isinstance(held.get(part), dict) for part in ("state_dict_metadata", "storage_data")):
+        raise _refused(file, ValueError("it does not say which tensors lie where"))
     return metadata
 
 
@@ -96,10 +99,18 @@ def _weights_only(file: Path, content: bytes) -> None:
         raise _refused(file, error) from None
 
 
+def reason(error: BaseException) -> str:
+    """What a reader of damaged files says, in one line."""
+    if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it asks for {wanted[1]}"
+    first = next(iter(str(error).strip().splitlines()), "")
+    if first.startswith("Weights only load failed"):  # and torch goes on to advise trusting it
+        return "it holds no weights"
+    return first or type(error).__name__
+
+
 def _refused(file: Path, error: Exception) -> InputError:
-    wanted = re.search(r"GLOBAL (\S+)", str(error))
-    reason = f"it asks for {wanted[1]}" if wanted else str(error).strip().splitlines()[0]
     return InputError(
-        f"{file} is not loaded, since it is damaged or would run code ({reason}): take a checkpoint that this "
+        f"{file} is not loaded, since it is damaged or would run code ({reason(error)}): take a checkpoint that this "
         "program has written."
     )

@@ -2,6 +2,9 @@
 
 import json
 import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +154,64 @@ def test_a_layout_that_does_not_fit_is_refused(model: Path, tmp_path: Path, rank
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_cut_short_is_named(model: Path, tmp_path: Path):
-    written = converted(model, tmp_path / "out", Ranks(1, 2))
-    file = written / "__1_0.distcp"
+def cut_short(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(InputError, match=r"out.*: decoder\.\S+ cannot be read"):
+
+
+def zeroed(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def garbled(file: Path) -> None:
+    file.write_bytes(b"\x80\x02}q\x00" * (file.stat().st_size // 5 + 1))
+
+
+@pytest.mark.parametrize("damaged", [cut_short, zeroed, garbled, Path.unlink])
+def test_a_damaged_file_is_named(model: Path, tmp_path: Path, damaged: Callable[[Path], None]):
+    written = converted(model, tmp_path / "out", Ranks(1, 2))
+    damaged(written / "__1_0.distcp")
+
+    def load(actor: Actor) -> list[str]:
+        with pytest.raises(InputError) as caught:
+            checkpoint.load_weights(actor.model, written)
+        return caught.value.problems
+
+    with pytest.raises(InputError, match=r"out/__1_0\.distcp: decoder\.\S+ cannot be read \(.+\)") as caught:
         list(MegatronReader(written).hugging_face_tensors())
+    said = [*caught.value.problems, *on_actors(load, model, tp=2, initialization="random")[1]]
+    assert len(said) == 2
+    assert str(written) in said[1]
+    assert not [one for one in said if "\n" in one or "weights_only" in one]
+
+
+def test_contents_that_do_not_say_what_lies_where(model: Path, tmp_path: Path):
+    written = converted(model, tmp_path / "out", Ranks())
+    metadata = MegatronReader(written).metadata
+    assert metadata.storage_data is not None
+    places = {
+        index: one
+        for index, one in metadata.storage_data.items()
+        if index.fqn != "decoder.final_layernorm.weight"
+    }
+    (written / ".metadata").write_bytes(pickle.dumps(replace(metadata, storage_data=places)))
+    with pytest.raises(InputError, match=r"\.metadata: decoder\.final_layernorm\.weight cannot be read"):
+        list(MegatronReader(written).hugging_face_tensors())
+    final_norm: Any = metadata.state_dict_metadata["decoder.final_layernorm.weight"]
+    final_norm.chunks.clear()
+    (written / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(InputError, match=r"\.metadata says where 0 of the 64 numbers of decoder\.final"):
+        list(MegatronReader(written).hugging_face_tensors())
+    (written / ".metadata").write_bytes(pickle.dumps(replace(metadata, storage_data=None)))
+    with pytest.raises(InputError, match=r"\.metadata is not loaded.*does not say which tensors lie where"):
+        MegatronReader(written)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff"], ids=str)
+def test_a_damaged_layout_is_named(model: Path, tmp_path: Path, content: bytes):
+    written = converted(model, tmp_path / "out", Ranks())
+    (written / "layout.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"layout\.json is no JSON object"):
+        _ = MegatronReader(written).layout
 
 
 def test_a_tensor_too_many_and_one_too_few_are_named(model: Path, tied_model: Path, tmp_path: Path):
