@@ -4,11 +4,11 @@ Nothing is tokenized here: json and, for a bare `tokenizer.model`, sentencepiece
 itself comes from `rollout/tokenizer.py`.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_a3po.config.json_file import read_json_object
 from megatron_a3po.config.problem import shown
 from megatron_a3po.errors import InputError
 
@@ -28,6 +28,8 @@ TOKENIZER_FILES = (
 )
 # Gemma 3's text models share the tokenizer of those that see, whose image token has an id past their embeddings.
 IMAGE_TOKENS = ("<image_soft_token>",)
+
+ANEW = "copy the tokenizer's files there anew"
 
 Contents = dict[str, dict[str, Any]]  # by file name
 
@@ -66,7 +68,7 @@ def read_contents(folder: Path) -> Contents:
     for name in TOKENIZER_FILES:
         try:
             if name.endswith(".json") and (folder / name).is_file():
-                contents[name] = _read(folder / name)
+                contents[name] = read_json_object(folder / name, ANEW)
         except InputError as error:
             problems += error.problems
     if problems:
@@ -77,7 +79,7 @@ def read_contents(folder: Path) -> Contents:
 def read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, empty where there is none; InputError if it is damaged."""
     file = folder / SETTINGS_FILE
-    return _read(file) if file.is_file() else {}
+    return read_json_object(file, ANEW) if file.is_file() else {}
 
 
 def read_sentencepiece(folder: Path) -> Any:
@@ -137,16 +139,6 @@ def _ids(folder: Path, contents: Contents) -> Iterator[tuple[int, str]]:
     for number, token in added_tokens(contents).items():
         if token["content"] not in IMAGE_TOKENS:
             yield number, token["content"]
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{file} is not readable as JSON ({error}): copy the tokenizer's files there anew."
-        ) from None
-    return value if isinstance(value, dict) else {}
 
 
 def _numbered(vocabulary: Any) -> Iterator[tuple[int, str]]:

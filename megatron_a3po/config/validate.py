@@ -89,13 +89,14 @@ def _problem(path: list[str], item: Any) -> Problem:
     value = item["input"]
     if hint := HINTS.get((key, value if isinstance(value, str) else "")):
         return Problem((key,), f"{key} is {shown(value)}, which is refused: {hint}.")
-    sentence = f"{key} is {shown(value)}, but must be {_wanted(item)}"
+    sentence = f"{key} is {shown(value)}, but must be {wanted(item)}"
     if isinstance(value, bool):
         sentence += " (YAML reads yes, no, on and off as true and false)"
     return Problem((key,), f"{sentence}.")
 
 
-def _wanted(item: Any) -> str:
+def wanted(item: Any) -> str:
+    """What an error of pydantic says that the value should have been."""
     kind, context = item["type"], item.get("ctx", {})
     if kind in NUMBERS:
         return NUMBERS[kind]
@@ -120,6 +121,8 @@ def _wanted(item: Any) -> str:
             return f"at most {context['le']:g}"
         case "model_type" | "model_attributes_type" | "dict_type":
             return "a section with keys of its own"
+        case "list_type":
+            return "a list"
         case _:
             return item["msg"][0].lower() + item["msg"][1:]
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_a3po.config.json_file import read_json_object
 from megatron_a3po.config.model_shape import ModelShape
+from megatron_a3po.config.problem import shown
 from megatron_a3po.errors import InputError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -108,11 +110,19 @@ def _without_safetensors(folder: Path) -> str:
     )
 
 
-def _weight_map(index: Path) -> Mapping[str, str]:
-    try:
-        return dict(json.loads(index.read_bytes())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{index} is no index of weight files ({error!r}): copy it there anew.") from None
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json_object(index, "copy it there anew").get("weight_map")
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{index} is no index of weight files: weight_map is {shown(found)}, but must be a mapping from tensors to "
+            "files; copy it there anew."
+        )
+    for name, file in found.items():
+        if not isinstance(file, str):
+            raise InputError(
+                f"{index}: {name} in weight_map is {shown(file)}, but must be the name of a file: copy it there anew."
+            )
+    return found
 
 
 def _not_held(folder: Path, headers: Mapping[str, TensorHeader]) -> Iterator[str]:
@@ -124,6 +134,13 @@ def _not_held(folder: Path, headers: Mapping[str, TensorHeader]) -> Iterator[str
 
 
 def _headers_of(file: Path) -> dict[str, TensorHeader]:
+    try:
+        return _read_headers_of(file)
+    except OSError as error:
+        raise InputError(f"{file} is not readable ({error.strerror}): give leave to read it.") from None
+
+
+def _read_headers_of(file: Path) -> dict[str, TensorHeader]:
     with file.open("rb") as stream:
         start = stream.read(len(LFS_POINTER))
         if start == LFS_POINTER:

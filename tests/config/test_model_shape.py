@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_a3po.config import Config, ModelShape, read_model_shape
+from megatron_a3po.config.model_families import FAMILIES
 from megatron_a3po.config.model_shape import Experts, LatentAttention, Rope
 from megatron_a3po.errors import ConfigError, InputError
 from tests.run_files import write_model
@@ -43,7 +44,8 @@ def test_rope_of_before_and_after_transformers_5(tmp_path: Path):
 
 def test_head_dim_and_groups_that_are_not_written(tmp_path: Path):
     assert read_model_shape(write_model(tmp_path, head_dim=32)).head_dim == 32
-    assert read_model_shape(write_model(tmp_path, num_key_value_heads=None)).num_query_groups == 4
+    llama = write_model(tmp_path, model_type="llama", num_key_value_heads=None)
+    assert read_model_shape(llama).num_query_groups == 4
 
 
 def test_every_token_that_ends_a_response(tmp_path: Path):
@@ -292,17 +294,28 @@ def test_as_published_and_as_transformers_writes_it_again(tmp_path: Path, model:
             {"model_type": "gemma3_text", "hidden_act": None, "final_logit_softcapping": 30.0},
             "softcapping is 30.0",
         ),
-        ({**QWEN3_MOE, "num_experts": None}, "num_experts is null"),
+        ({**QWEN3_MOE, "num_experts": None}, "num_experts is missing"),
         ({**QWEN3_MOE, "num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok is 1"),
         ({**DEEPSEEK, "topk_group": 2}, "only twice topk_group (4) is supported"),
         ({**DEEPSEEK, "n_shared_experts": 0}, "n_shared_experts is 0"),
-        ({**DEEPSEEK, "kv_lora_rank": None}, "kv_lora_rank is null, but must be a whole number"),
+        ({**DEEPSEEK, "kv_lora_rank": None}, "kv_lora_rank is missing, but must be a whole number"),
         ({**DEEPSEEK, "scoring_func": "softmax"}, 'scoring_func is "softmax", but only "sigmoid"'),
         ({**DEEPSEEK, "norm_topk_prob": False}, "norm_topk_prob is false, but only true"),
         (
             {**DEEPSEEK, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
             "its original_max_position_embeddings is missing",
         ),
+        ({**DEEPSEEK, "n_group": 3, "topk_group": 3}, "n_group is 3, but must divide n_routed_experts, 16"),
+        (
+            {**QWEN3_MOE, "num_experts_per_tok": 9},
+            "num_experts_per_tok is 9, but the model has only 8 experts",
+        ),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3, but must divide num_attention_heads, 4"),
+        (
+            {"num_key_value_heads": None},
+            "num_key_value_heads is 32 (the family's default, as the key is missing), but must divide",
+        ),
+        ({"hidden_size": 66}, "hidden_size is 66, but without head_dim must be a multiple of twice"),
         ({"model_type": "gemma3"}, "only these are supported: deepseek_v3, gemma3_text, llama,"),
     ],
     ids=str,
@@ -314,6 +327,93 @@ def test_what_a_family_does_not_express_is_refused_by_name(
         read_model_shape(write_model(tmp_path, **changes))
     (problem,) = caught.value.problems
     assert sentence in problem
+
+
+ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("num_attention_heads", 0, "at least 1"),
+        ("num_attention_heads", True, "a whole number"),
+        ("num_hidden_layers", 4.5, "a whole number"),
+        ("vocab_size", -1, "at least 1"),
+        ("num_key_value_heads", "2", "a whole number"),
+        ("max_position_embeddings", None, "a whole number"),
+        ("rms_norm_eps", "x", "a number"),
+        ("rms_norm_eps", float("inf"), "a finite number"),
+        ("initializer_range", -0.1, "at least 0"),
+        ("tie_word_embeddings", "yes", "true or false"),
+        ("rope_theta", 0, "greater than 0"),
+        ("rope_parameters", "x", "a section with keys of its own"),
+        ("rope_parameters.rope_theta", None, "a number"),
+        ("rope_parameters.rope_type", ["linear"], "text (in quotes if it looks like a number)"),
+        ("rope_parameters.factor", "8", "a number"),
+        ("layer_types", 5, "a list"),
+        ("sliding_window", "x", "a whole number"),
+        ("use_sliding_window", 1, "true or false"),
+        ("max_window_layers", -1, "at least 0"),
+        ("eos_token_id", "</s>", "a whole number"),
+    ],
+)
+def test_a_value_of_another_type_or_range_is_named_with_what_was_wanted(
+    tmp_path: Path, key: str, value: Any, wanted: str
+):
+    write_model(tmp_path, rope_parameters=ROPE)
+    values = json.loads((tmp_path / "config.json").read_text())
+    *section, last = key.split(".")
+    (values[section[0]] if section else values)[last] = value
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError) as caught:
+        read_model_shape(tmp_path)
+    place = f"{key}.0" if key == "eos_token_id" else key
+    found = json.dumps(value)
+    assert caught.value.problems == [f"{tmp_path}/config.json: {place} is {found}, but must be {wanted}."]
+
+
+@pytest.mark.parametrize("model_type", [["qwen2"], {"a": 1}, None, 5])
+def test_a_family_that_is_no_name(tmp_path: Path, model_type: Any):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "attention_dropout": "0.1"}))
+    with pytest.raises(InputError) as caught:
+        read_model_shape(tmp_path)
+    family, dropout = caught.value.problems
+    assert f"model_type is {json.dumps(model_type)}, but only these are supported: deepseek_v3" in family
+    assert 'attention_dropout is "0.1": a model with dropout' in dropout
+
+
+def test_what_generation_config_says_wrongly(tmp_path: Path):
+    write_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    with pytest.raises(
+        InputError, match=r'generation_config\.json: eos_token_id\.0 is "</s>", but must be a whole'
+    ):
+        read_model_shape(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_a_key_is_missing_the_default_of_transformers_holds(tmp_path: Path, family: str):
+    transformers = pytest.importorskip("transformers")
+    kind, _ = FAMILIES[family]
+    # Every key that has a default here is left out, and written by transformers with its own.
+    sizes = {name for name, field in kind.model_fields.items() if field.is_required()}
+    standard = transformers.AutoConfig.for_model(family).to_dict()
+    standard["num_experts"] = standard.get("num_local_experts")
+    one_choice = {
+        "n_group": 8,
+        "topk_group": 8,
+    }  # of experts among all, as choosing within groups is restricted here
+    values = {key: value for key, value in (standard | one_choice).items() if key in sizes}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **values}))
+    shape = read_model_shape(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path, local_files_only=True)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert replace(read_model_shape(tmp_path), eos_token_ids=()) == shape
+    assert shape.max_position_embeddings == config.max_position_embeddings
+    if shape.latent_attention is None:
+        assert shape.num_query_groups == config.num_key_value_heads
+    else:
+        assert shape.latent_attention.query_rank == config.q_lora_rank == 1536
 
 
 def test_refusal_names_the_file_and_everything_wrong(tmp_path: Path):
@@ -337,4 +437,10 @@ def test_unreadable(tmp_path: Path, text: str | None):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=r"config\.json"):
+        read_model_shape(tmp_path)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path):
+    (tmp_path / "config.json").symlink_to("/proc/self/mem")  # a file whose reading fails, for root too
+    with pytest.raises(InputError, match=r"config\.json is not readable as JSON .*Input/output error"):
         read_model_shape(tmp_path)

@@ -132,3 +132,29 @@ def test_pickled_weights_are_never_opened(tmp_path: Path):
     assert "and 2 more" in problem
     assert "save_pretrained" in problem
     assert "if you trust" in problem
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        ({"weight_map": {"a": 5}}, "a in weight_map is 5, but must be the name of a file"),
+        ({"weight_map": {"a": ["one.safetensors"]}}, 'a in weight_map is ["one.safetensors"], but must be'),
+        ({"weight_map": ["a"]}, 'weight_map is ["a"], but must be a mapping from tensors to files'),
+        ({}, "weight_map is null, but must be a mapping"),
+        ([], "holds no JSON object"),
+    ],
+    ids=str,
+)
+def test_an_index_that_names_no_files(folder: Path, index: object, sentence: str):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError) as caught:
+        read_headers(folder)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{folder}/model.safetensors.index.json")
+    assert sentence in problem
+
+
+def test_a_weight_file_that_cannot_be_read(tmp_path: Path):
+    (tmp_path / "model.safetensors").symlink_to("/proc/self/mem")  # a file whose reading fails, for root too
+    with pytest.raises(InputError, match=r"model\.safetensors is not readable \(Input/output error\)"):
+        read_headers(tmp_path)
