@@ -15,7 +15,6 @@ from typing import Self
 
 from megatron_a3po.errors import OutputError
 
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

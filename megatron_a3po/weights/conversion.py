@@ -9,11 +9,13 @@ import torch
 
 from megatron_a3po.config import read_model_shape
 from megatron_a3po.config.actor import ActorSection
+from megatron_a3po.config.weight_files import PICKLES
 from megatron_a3po.errors import InputError
 from megatron_a3po.weights.aside import aside_of, drop_aside, replaced_of
 from megatron_a3po.weights.families import Table, table_of
 from megatron_a3po.weights.hugging_face import MAX_SHARD_BYTES, write_hugging_face
-from megatron_a3po.weights.megatron_checkpoint import Ranks, write_megatron_checkpoint
+from megatron_a3po.weights.manifest import check_input
+from megatron_a3po.weights.megatron_checkpoint import Ranks, check_layout, write_megatron_checkpoint
 from megatron_a3po.weights.megatron_reader import MegatronReader
 from megatron_a3po.weights.sources import SafetensorsSource
 
@@ -33,13 +35,19 @@ class Conversion:
 def hugging_face_to_megatron(
     source: Path, output: Path, *, ranks: Ranks, dtype: torch.dtype | None = None, overwrite: bool = False
 ) -> Conversion:
-    """Errors: InputError where `source` is not whole, is of no known family or cannot be cut for `ranks`."""
+    """Errors: InputError where `source` is not whole, is of no known family, damaged or cannot be cut for `ranks`."""
     output = _checked_output(source, output, overwrite)
     table = table_of(read_model_shape(source))
+    if not any(
+        any(source.glob(pattern)) for pattern in ("*.safetensors", "*.safetensors.index.json", *PICKLES)
+    ):
+        raise InputError(f"{source} has no *.safetensors: give the folder of a Hugging Face checkpoint")
     tensors = SafetensorsSource(source, table)
     padded = ActorSection(tensor_model_parallel_size=ranks.tensor_model_parallel_size).padded_vocab_size(
         table.shape.vocab_size
     )
+    check_layout(table, ranks, padded)
+    check_input(source)
 
     def run(advance: Advance) -> None:
         write_megatron_checkpoint(
@@ -67,7 +75,13 @@ def megatron_to_hugging_face(
     """Errors: InputError where `source` is no checkpoint, or does not hold its model's tensors."""
     output = _checked_output(source, output, overwrite)
     reader = MegatronReader(source)
+    if not (reader.template / "config.json").is_file():
+        raise InputError(
+            f"{reader.template}/config.json is missing, which says what model it is: put the model's config.json and "
+            "tokenizer there"
+        )
     announced = reader.announced(dtype)
+    check_input(reader.directory)
 
     def run(advance: Advance) -> None:
         try:

@@ -114,7 +114,9 @@ def _finish(
     }
     (aside / INDEX).write_text(json.dumps(index, indent=1))
     copy_configuration(template, aside, with_tokenizer=checksums is not None)
-    _say_dtype(aside / "config.json", [one for file in contents.values() for one in file])
+    say_dtype(
+        aside / "config.json", ((one.dtype, one.num_bytes) for file in contents.values() for one in file)
+    )
     if checksums is not None:
         write_manifest(aside, FORMAT, checksums)
     close_aside(directory)
@@ -127,16 +129,19 @@ def copy_configuration(template: Path, directory: Path, *, with_tokenizer: bool 
             shutil.copyfile(template / name, directory / name)
 
 
-def _say_dtype(config: Path, tensors: Iterable[Announced]) -> None:
-    """config.json names the precision of most of the weights; the file stays as it is where that is true already."""
+def say_dtype(config: Path, tensors: Iterable[tuple[torch.dtype, int]]) -> None:
+    """config.json names the precision of most of the weights, given with the bytes of each.
+
+    The file stays as it is where that is true already.
+    """
     sizes: Counter[torch.dtype] = Counter()
-    for one in tensors:
-        sizes[one.dtype] += one.num_bytes
-    dtype = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+    for dtype, num_bytes in tensors:
+        sizes[dtype] += num_bytes
+    name = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
     values: dict[str, Any] = json.loads(config.read_text())
     key = "torch_dtype" if "torch_dtype" in values else "dtype"
-    if values.get(key) != dtype:
-        config.write_text(json.dumps({**values, key: dtype}, indent=2) + "\n")
+    if values.get(key) != name:
+        config.write_text(json.dumps({**values, key: name}, indent=2) + "\n")
 
 
 def _exchange(own: Any, problems: list[str], directory: Path, peers: dist.ProcessGroup | None) -> list[Any]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_a3po.errors import InputError
+
 MANIFEST = "manifest.json"
 
 
@@ -38,6 +40,48 @@ def damage(directory: Path, format_number: int) -> str | None:
         if checksum(path) != expected["sha256"]:
             return f"{name} has another checksum"
     return None
+
+
+def check_input(directory: Path) -> None:
+    """Every file under `directory` that a manifest knows is as it was written; where there is no manifest, all are.
+
+    That of a run's checkpoint lies beside `actor/`. Sizes are compared before anything is read.
+    Errors: InputError names the files that are not.
+    """
+    directory = directory.resolve()
+    own, run = directory / MANIFEST, directory.parent / MANIFEST
+    if own.is_file():
+        files = _listed(own)
+    elif directory.name == "actor" and run.is_file():
+        files = {name: one for name, one in _listed(run).items() if name.startswith("actor/")}
+        directory = directory.parent
+    else:
+        return
+    mend = f"copy it again, or remove {MANIFEST} if it was changed on purpose"
+    whole = {name: one for name, one in files.items() if _size(directory / name) == one["bytes"]}
+    if len(whole) == len(files):
+        whole = {name: one for name, one in files.items() if checksum(directory / name) == one["sha256"]}
+        what = "has another checksum than"
+    else:
+        what = "is missing or has another size than"
+    if len(whole) < len(files):
+        raise InputError(
+            f"{directory / name} {what} in {MANIFEST}: {mend}" for name in files if name not in whole
+        )
+
+
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
+
+
+def _listed(manifest: Path) -> dict[str, dict[str, Any]]:
+    """Its files, with bytes and sha256 of each; of a file of that name which is no such manifest, none."""
+    try:
+        found: Any = json.loads(manifest.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{manifest} cannot be read ({error}): copy it again, or remove it") from None
+    is_ours = isinstance(found, dict) and "format" in found and isinstance(found.get("files"), dict)
+    return found["files"] if is_ours else {}
 
 
 def checksum(path: Path) -> str:

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_a3po.errors import InputError
 from megatron_a3po.weights.aside import WrittenFile, written_aside
 from megatron_a3po.weights.families import Parameter, Table
-from megatron_a3po.weights.hugging_face import copy_configuration
+from megatron_a3po.weights.hugging_face import copy_configuration, say_dtype
 from megatron_a3po.weights.manifest import write_manifest
 from megatron_a3po.weights.operations import Layout, SliceReader, gate_up
 
@@ -120,7 +120,13 @@ def write_megatron_checkpoint(
         backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (aside / "metadata.json").write_text(json.dumps(backends))
         describe(aside, template, asdict(ranks))
+        say_dtype(aside / HUGGING_FACE / "config.json", contents.sizes())
         write_manifest(aside, FORMAT, checksums)
+
+
+def check_layout(table: Table, ranks: Ranks, padded_vocab_size: int) -> None:
+    """Errors: InputError where the model cannot be cut so."""
+    _Split(table, ranks, padded_vocab_size)
 
 
 def describe(directory: Path, template: Path, layout: Mapping[str, Any]) -> None:
@@ -136,6 +142,11 @@ class _Split:
     def __init__(self, table: Table, ranks: Ranks, padded_vocab_size: int) -> None:
         self.table, self.ranks, self._padded_vocab_size = table, ranks, padded_vocab_size
         experts = table.shape.experts.num_experts if table.shape.experts else 1
+        if ranks.expert_model_parallel_size > 1 and not table.shape.experts:
+            raise InputError(
+                f"--expert-model-parallel-size is {ranks.expert_model_parallel_size}, but this "
+                f"{table.shape.model_type} has no experts: leave it out"
+            )
         for name, number, size in (
             ("pipeline", table.shape.num_layers, ranks.pipeline_model_parallel_size),
             ("expert", experts, ranks.expert_model_parallel_size),
@@ -212,6 +223,12 @@ class _Contents:
         self._tensors[key] = BytesStorageMetadata()
         self._places[MetadataIndex(key)] = _append(file, value)
 
+    def sizes(self) -> Iterator[tuple[torch.dtype, int]]:
+        """Of every tensor, its precision and bytes."""
+        for one in self._tensors.values():
+            if isinstance(one, TensorStorageMetadata):
+                yield one.properties.dtype, one.size.numel() * one.properties.dtype.itemsize
+
     def metadata(self) -> Metadata:
         return Metadata(
             self._tensors, storage_data=self._places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION
@@ -222,7 +239,9 @@ def _append(file: WrittenFile, value: Any) -> _StorageInfo:
     start = file.tell()
     try:
         torch.save(value, file)  # pyright: ignore[reportArgumentType]
-    except RuntimeError:  # torch's own, about the archive that could not be ended
+    except RuntimeError as error:  # torch's own, about the archive that could not be ended
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         raise file.failure or RuntimeError(f"{file.path} could not be written") from None
     return _StorageInfo(file.path.name, start, file.tell() - start)
 

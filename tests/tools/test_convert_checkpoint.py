@@ -26,7 +26,7 @@ from transformers import Qwen2Config
 from megatron_a3po.config import read_model_shape
 from megatron_a3po.weights.aside import WrittenFile
 from megatron_a3po.weights.families import FAMILIES
-from megatron_a3po.weights.manifest import damage
+from megatron_a3po.weights.manifest import damage, write_manifest
 from tests.distributed.ranks import RanksFailed, run_ranks
 from tests.weights.checkpoints import COMMON, DENSE, write_checkpoint, write_dense
 from tests.weights.test_expert_families import COMMON as EXPERTS_COMMON
@@ -144,6 +144,10 @@ def test_precision_and_size_of_files_can_be_chosen(qwen2: Path, converted: Path,
     assert len(files) > 2
     assert max(file.stat().st_size for file in files) < 60_000
     assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
+    cut = tmp_path / "cut"
+    assert command("hf-to-megatron", qwen2, cut, "--dtype=bfloat16").code == 0
+    assert json.loads((cut / "hugging_face" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert damage(cut, 1) is None
 
 
 CHANGES = {
@@ -218,6 +222,12 @@ def test_bad_input_is_a_sentence(qwen2: Path, converted: Path, tmp_path: Path):
     os.truncate(damaged / "model.safetensors", 30_000)
     cut = Path(shutil.copytree(converted, tmp_path / "cut"))
     os.truncate(cut / "__1_0.distcp", 20_000)
+    unlisted = Path(shutil.copytree(cut, tmp_path / "unlisted"))
+    (unlisted / "manifest.json").unlink()
+    unknown = Path(shutil.copytree(converted, tmp_path / "unknown"))
+    shutil.rmtree(unknown / "hugging_face")
+    bare = Path(shutil.copytree(qwen2, tmp_path / "bare"))
+    (bare / "model.safetensors").unlink()
     strange = Path(shutil.copytree(qwen2, tmp_path / "strange"))
     (strange / "config.json").write_text('{"model_type": "mamba"}')
     before, out = names(tmp_path), tmp_path / "out"
@@ -230,7 +240,11 @@ def test_bad_input_is_a_sentence(qwen2: Path, converted: Path, tmp_path: Path):
         (["hf-to-megatron", qwen2, converted], f"{converted} exists already"),
         (["hf-to-megatron", qwen2, qwen2.parent, "--overwrite"], "holds what is to be converted"),
         (["megatron-to-hf", qwen2, out], "no distributed checkpoint"),
-        (["megatron-to-hf", cut, out], "cannot be read"),
+        (["hf-to-megatron", qwen2, out, "--expert-model-parallel-size=2"], "has no experts"),
+        (["hf-to-megatron", bare, out], "no *.safetensors: give the folder of a Hugging Face checkpoint\n"),
+        (["megatron-to-hf", cut, out], f"{cut}/__1_0.distcp is missing or has another size than in manifest"),
+        (["megatron-to-hf", unlisted, out], "cannot be read"),
+        (["megatron-to-hf", unknown, out], "put the model's config.json and tokenizer there"),
         (["inspect", tmp_path], "is no checkpoint"),
         (["verify", qwen2, tmp_path], "config.json"),
         (["verify", qwen2, converted, "--prompt", "hello"], "--prompt needs a tokenizer"),
@@ -239,7 +253,43 @@ def test_bad_input_is_a_sentence(qwen2: Path, converted: Path, tmp_path: Path):
         assert ended.code == 2, (argv, ended)
         assert says in ended.error
         assert "Traceback" not in ended.error
+        assert ("━" in ended.error) == (unlisted in argv)  # the others before anything is converted
     assert names(tmp_path) == before
+
+
+def test_a_changed_byte_is_found_by_the_manifest(qwen2: Path, converted: Path, tmp_path: Path):
+    def flip(folder: Path, file: str) -> Path:
+        data = bytearray((folder / file).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / file).write_bytes(data)
+        return folder
+
+    folder, back, out, step = (tmp_path / name for name in ("megatron", "back", "out", "step-3"))
+    assert command("megatron-to-hf", converted, back).code == 0
+    whole = Path(shutil.copytree(converted, step / "actor"))
+    (whole / "manifest.json").unlink()
+    (step / "rollouts.json").write_text("{}")
+    write_manifest(step, 2)
+    (step / "rollouts.json").write_text("[]")  # no input of a conversion
+    shutil.copytree(converted, folder)
+    changed = flip(folder, "__2_0.distcp")
+    weights = flip(back, "model-00001-of-00001.safetensors")
+    ended = commands(
+        ["megatron-to-hf", changed, out],
+        ["hf-to-megatron", weights, out],
+        ["megatron-to-hf", step, tmp_path / "of-a-run"],
+    )
+    assert [one.code for one in ended] == [2, 2, 0], ended
+    assert f"{changed}/__2_0.distcp has another checksum than in manifest.json" in ended[0].error
+    assert f"{weights}/model-00001-of-00001.safetensors has another checksum" in ended[1].error
+    flip(step / "actor", "__3_0.distcp")
+    for path in (step, step / "actor"):
+        one = command("megatron-to-hf", path, out)
+        assert (one.code, f"{step}/actor/__3_0.distcp has another checksum" in one.error) == (2, True)
+    (step / "manifest.json").write_text("{")
+    one = command("megatron-to-hf", step, out)
+    assert (one.code, f"{step}/manifest.json cannot be read" in one.error) == (2, True)
+    assert not out.exists()
 
 
 def test_a_checkpoint_or_an_empty_folder_is_replaced_when_asked(qwen2: Path, converted: Path, tmp_path: Path):
@@ -287,7 +337,7 @@ def test_nothing_but_a_checkpoint_is_replaced_and_never_the_input(
     for (argv, says), one in zip(cases, ended, strict=True):
         assert one.code == 2, (argv, one)
         assert says in one.error
-        assert "0%" not in one.error
+        assert "━" not in one.error
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -313,10 +363,10 @@ def test_a_full_disk_leaves_nothing(qwen2: Path, converted: Path, tmp_path: Path
 def die_while_writing() -> None:
     write = WrittenFile.write
 
-    def dies(file: WrittenFile, data: bytes | memoryview) -> int:
-        if file.tell() > 30_000:
+    def dies(self: WrittenFile, data: bytes | memoryview) -> int:
+        if self.tell() > 30_000:
             os.kill(os.getpid(), signal.SIGKILL)
-        return write(file, data)
+        return write(self, data)
 
     WrittenFile.write = dies
 
