@@ -6,16 +6,25 @@
     tools/convert_checkpoint.py inspect PATH --all
     tools/convert_checkpoint.py verify A B
 
-Exit codes: 0 done or equal, 1 different (verify), 2 bad input or a file that cannot be written.
+Exit codes: 0 done or equal, 1 different (verify), 2 bad input, 3 a file that cannot be written or an error nobody
+foresaw, 130 interrupted.
 """
 
 import argparse
+import math
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_a3po.errors import EXIT_BAD_INPUT, EXIT_DIFFERENT, EXIT_DONE, A3POError
+from megatron_a3po.errors import (
+    EXIT_DIFFERENT,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_NEEDS_PERSON,
+    A3POError,
+)
 
 if TYPE_CHECKING:
     from megatron_a3po.weights.conversion import Conversion
@@ -28,7 +37,13 @@ def main(argv: list[str] | None = None) -> int:
         return arguments.command(arguments)
     except A3POError as error:
         sys.stderr.write("".join(f"{problem}\n" for problem in error.problems))
-        return EXIT_BAD_INPUT
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return EXIT_INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return EXIT_NEEDS_PERSON  # Python's own 1 means "different"
 
 
 def hf_to_megatron(arguments: argparse.Namespace) -> int:
@@ -63,27 +78,25 @@ def megatron_to_hf(arguments: argparse.Namespace) -> int:
 
 
 def inspect(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
     from megatron_a3po.weights.inspection import by_pattern, in_words
     from megatron_a3po.weights.inspection import inspect as inspected
 
     found = inspected(arguments.path)
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    facts = Table.grid(padding=(0, 2))
-    for label, value in found.facts.items():
-        facts.add_row(label, value)
-    tensors = Table(box=None, pad_edge=False)
-    for heading in ("tensor", "shape", "dtype", "number", "bytes"):
-        tensors.add_column(
-            heading, justify="right" if heading in ("number", "bytes") else "left", no_wrap=True
-        )
+    facts = [[label, value] for label, value in found.facts.items()]
+    tensors = [["tensor", "shape", "dtype", "number", "bytes"]]
     for one in found.tensors if arguments.all else by_pattern(found.tensors):
         shape = " x ".join(map(str, one.shape))
-        tensors.add_row(one.name, shape, one.dtype, str(one.count), in_words(one.num_bytes))
-    console.print(facts, "", tensors, sep="\n")
+        tensors.append([one.name, shape, one.dtype, str(one.count), in_words(one.num_bytes)])
+    print(_aligned(facts), _aligned(tensors), sep="\n\n")
     return EXIT_DONE
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """Columns as wide as they need: a terminal may fold a line, but nothing is left out."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -107,7 +120,7 @@ def _run(conversion: "Conversion", output: Path) -> int:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(output.name, total=conversion.num_elements)
+        task = progress.add_task(output.resolve().name, total=conversion.num_elements)
         conversion.run(lambda num_elements: progress.advance(task, num_elements))
     print(f"wrote {output}")
     return EXIT_DONE
@@ -127,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 
     to_hf = commands.add_parser("megatron-to-hf", help="also from a run's checkpoints/step-<n>")
     to_hf.set_defaults(command=megatron_to_hf)
-    to_hf.add_argument("--max-shard-gb", type=float, default=5.0, help="largest weight file (default 5)")
+    to_hf.add_argument("--max-shard-gb", type=_size, default=5.0, help="largest weight file (default 5)")
 
     for command in (to_megatron, to_hf):
         command.add_argument("input", type=Path, metavar="INPUT")
@@ -141,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("b", type=Path, metavar="B")
     comparing.add_argument("--prompt", help="text, for the tokenizer of A or B")
     comparing.add_argument(
-        "--tolerance", type=float, default=1e-5, help="of the largest logit (default 1e-5)"
+        "--tolerance", type=_tolerance, default=1e-5, help="of the largest logit (default 1e-5)"
     )
 
     inspecting = commands.add_parser("inspect", help="what a checkpoint holds")
@@ -152,10 +165,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+    return int(text)
+
+
+def _size(text: str) -> float:
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no finite number above 0")
     return value
+
+
+def _tolerance(text: str) -> float:
+    value = _number(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no number") from None
 
 
 if __name__ == "__main__":

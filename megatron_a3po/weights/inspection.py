@@ -61,10 +61,10 @@ def by_pattern(tensors: Iterable[Held]) -> list[Held]:
 
 def _hugging_face(path: Path) -> Inspection:
     headers = read_headers(path)
-    config: dict[str, Any] = json.loads((path / "config.json").read_text())
+    config = _json(path / "config.json")
     files = sorted({header.file.name for header in headers.values()})
     tensors = [
-        Held(name, one.shape, one.dtype, math.prod(one.shape) * _BYTES.get(one.dtype, 1))
+        Held(name, one.shape, one.dtype, math.prod(one.shape) * _BYTES[one.dtype])
         for name, one in headers.items()
     ]
     facts = {"kind": "Hugging Face checkpoint", "model": _model(config), "files": _files(files)}
@@ -79,16 +79,16 @@ def _megatron(path: Path) -> Inspection:
              math.prod(one.size) * one.properties.dtype.itemsize)
         for key, one in reader.tensors.items()
     ]  # fmt: skip
-    config_file, trainer = reader.template / "config.json", reader.directory.parent / "trainer.json"
+    config_file, trainer = reader.template / "config.json", reader.directory.resolve().parent / "trainer.json"
     facts = {"kind": "distributed checkpoint of Megatron-Core"}
-    if trainer.is_file():
-        step = json.loads(trainer.read_text())["step"]
+    if reader.directory.resolve().name == "actor" and trainer.is_file():
+        step = _json(trainer).get("step", "not said")
         facts = {
             "kind": "checkpoint of a run (distributed, Megatron-Core)",
             "step": str(step),
             "version": str(step),
         }
-    facts["model"] = _model(json.loads(config_file.read_text())) if config_file.is_file() else "not said"
+    facts["model"] = _model(_json(config_file)) if config_file.is_file() else "not said"
     layout = dict(reader.layout)
     facts["Megatron-Core"] = layout.pop("megatron_core", "none, converted" if layout else "not said")
     facts["layout"] = ", ".join(f"{key}={value}" for key, value in layout.items()) or "not said"
@@ -116,6 +116,17 @@ def _model(config: dict[str, Any]) -> str:
     )
 
 
+def _json(file: Path) -> dict[str, Any]:
+    """Errors: InputError where it is no JSON object."""
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is not readable as JSON ({error}): copy it there anew") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{file} holds no JSON object: copy it there anew")
+    return found
+
+
 def _files(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} ({names[0]} to {names[-1]})"
 
@@ -128,4 +139,4 @@ def _sizes(path: Path, tensors: list[Held]) -> dict[str, str]:
     }
 
 
-_BYTES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()} | {"F8_E4M3": 1, "F8_E5M2": 1}
+_BYTES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}

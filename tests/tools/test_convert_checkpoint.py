@@ -6,6 +6,7 @@ Commands run in forked processes: verify joins a process group and changes torch
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,10 +24,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config
 
+from megatron_a3po.actor import checkpoint
+from megatron_a3po.actor.actor import Actor
+from megatron_a3po.actor.optimizer import Schedule
 from megatron_a3po.config import read_model_shape
 from megatron_a3po.weights.aside import WrittenFile
 from megatron_a3po.weights.families import FAMILIES
 from megatron_a3po.weights.manifest import damage, write_manifest
+from megatron_a3po.weights.megatron_reader import MegatronReader
+from tests.actor.ranks import on_actors
 from tests.distributed.ranks import RanksFailed, run_ranks
 from tests.weights.checkpoints import COMMON, DENSE, write_checkpoint, write_dense
 from tests.weights.test_expert_families import COMMON as EXPERTS_COMMON
@@ -215,6 +221,49 @@ def test_inspect_tells_what_is_there(qwen2: Path, converted: Path):
     assert "Hugging Face checkpoint" in folder.output
     assert "model.layers.*.mlp.up_proj.weight" in folder.output
     assert "decoder.layers.3.mlp.linear_fc1.weight" in every.output
+    for line in (megatron.output + folder.output + every.output).splitlines():
+        assert line == line.rstrip()
+
+
+def test_inspect_tells_of_a_run(qwen2: Path, tmp_path: Path):
+    step = tmp_path / "step-3"
+    (step / "actor").mkdir(parents=True)
+
+    def save(actor: Actor) -> None:
+        actor.start_stage(Schedule(1e-3, 0.0, 0, "constant", 10))
+        checkpoint.save(actor, step / "actor")
+
+    on_actors(save, qwen2)
+    (step / "trainer.json").write_text('{"step": 3}')
+    alone = Path(shutil.copytree(step / "actor", tmp_path / "alone"))
+    shutil.copy(step / "trainer.json", tmp_path)
+    whole, beside, *ended = commands(["inspect", step], ["inspect", alone], ["inspect", step / "actor"])
+    for one in (whole, *ended):
+        assert one.code == 0, one
+        words = [line.split() for line in one.output.splitlines()]
+        assert ["step", "3"] in words
+        assert ["version", "3"] in words
+        assert "checkpoint of a run (distributed, Megatron-Core)" in one.output
+        assert re.search(r"optimizer state +[1-9]\d* tensors, .* [kM]B\n", one.output)
+        assert re.search(r"Megatron-Core +0\.\d+", one.output)
+    assert "of a run" not in beside.output
+    (step / "trainer.json").write_text("{}")
+    assert "not said" in command("inspect", step).output
+    (step / "trainer.json").write_text("3,")
+    ended = command("inspect", step)
+    assert (ended.code, "trainer.json is not readable as JSON" in ended.error) == (2, True)
+
+
+@pytest.mark.parametrize("text", [b"{", b"\xff", b"[]"])
+def test_inspect_names_a_damaged_configuration(qwen2: Path, converted: Path, tmp_path: Path, text: bytes):
+    folder, megatron = (Path(shutil.copytree(one, tmp_path / one.name)) for one in (qwen2, converted))
+    files = [folder / "config.json", megatron / "hugging_face" / "config.json"]
+    for file in files:
+        file.write_bytes(text)
+    for file, one in zip(files, commands(["inspect", folder], ["inspect", megatron]), strict=True):
+        assert one.code == 2
+        assert one.error.startswith(f"{file} ")
+        assert "JSON" in one.error
 
 
 def test_bad_input_is_a_sentence(qwen2: Path, converted: Path, tmp_path: Path):
@@ -354,7 +403,7 @@ def test_a_full_disk_leaves_nothing(qwen2: Path, converted: Path, tmp_path: Path
         prepare=limit_files,
     )
     for one, file in zip(ended, ("__0_0.distcp", "model-00001-of-00001.safetensors"), strict=True):
-        assert one.code == 2
+        assert one.code == 3
         assert f"{file} cannot be written (File too large)" in one.error
         assert "Traceback" not in one.error
     assert names(tmp_path) == set()
@@ -382,6 +431,56 @@ def test_a_killed_conversion_leaves_nothing_under_the_final_name(
         assert names(tmp_path) >= {f"{output.name}.tmp"}
         assert command(*argv, output).code == 0
         assert not output.with_name(f"{output.name}.tmp").exists()
+
+
+def test_an_interrupt_is_no_other_error_and_leaves_nothing(qwen2: Path, converted: Path, tmp_path: Path):
+    def interrupt_inside_torch() -> None:
+        write = WrittenFile.write
+
+        def interrupted(self: WrittenFile, data: bytes | memoryview) -> int:
+            if self.tell() > 30_000:
+                os.kill(os.getpid(), signal.SIGINT)
+            return write(self, data)
+
+        WrittenFile.write = interrupted
+
+    for argv in (["hf-to-megatron", qwen2], ["megatron-to-hf", converted]):
+        ended = command(*argv, tmp_path / "out", prepare=interrupt_inside_torch)
+        assert ended.code == 130, ended
+        assert ended.error.endswith("interrupted\n")
+        assert "Traceback" not in ended.error
+        assert names(tmp_path) == set()
+
+
+def test_what_nobody_foresaw_is_not_taken_for_a_difference(converted: Path):
+    def break_reading() -> None:
+        MegatronReader.tensors = property(lambda self: 1 / 0)  # pyright: ignore[reportAttributeAccessIssue]
+
+    ended = command("inspect", converted, prepare=break_reading)
+    assert ended.code == 3
+    assert "ZeroDivisionError" in ended.error
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--tensor-model-parallel-size=0", "0 is no whole number from 1 on"),
+        ("--pipeline-model-parallel-size=two", "two is no whole number from 1 on"),
+        ("--max-shard-gb=0", "0 is no finite number above 0"),
+        ("--max-shard-gb=-1", "-1 is no finite number above 0"),
+        ("--max-shard-gb=nan", "nan is no finite number above 0"),
+        ("--max-shard-gb=inf", "inf is no finite number above 0"),
+        ("--tolerance=nan", "nan is no number from 0 on"),
+        ("--tolerance=little", "little is no number"),
+    ],
+)
+def test_numbers_that_make_no_sense(option: str, says: str, capsys: pytest.CaptureFixture[str]):
+    commands_of = {"--m": "megatron-to-hf", "--t": "verify"}
+    name = "hf-to-megatron" if "parallel" in option else commands_of[option[:3]]
+    with pytest.raises(SystemExit) as ended:
+        convert_checkpoint.main([name, "a", "b", option])
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
 
 
 def peak_while(work: Any) -> int:
