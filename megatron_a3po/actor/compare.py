@@ -1,14 +1,15 @@
 """Two checkpoints on one prompt: how far their logits are apart, and where inside the model they part.
 
-A Hugging Face folder is computed by transformers, a distributed checkpoint by our own target policy, loaded by
-Megatron-Core on one rank: so a folder and what was converted from it are compared through two implementations. Both
-compute in float32 whatever they are stored in.
+A Hugging Face folder is computed by transformers, a distributed checkpoint by our own target policy on one rank: so a
+folder and what was converted from it are compared through two implementations. Both compute in float32 whatever they
+are stored in.
 """
 
 import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_a3po.actor.attention import PackedSequences
-from megatron_a3po.actor.checkpoint import load_weights
+from megatron_a3po.actor.experts import score_biases
 from megatron_a3po.actor.grid import Grid, build_grid, leave_grid
 from megatron_a3po.actor.model import TargetPolicy, transformer_config, uses_transformer_engine
 from megatron_a3po.config import ModelShape, read_model_shape
@@ -50,12 +51,16 @@ class Distance:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`tensors`: names and shapes that only one side has; where there are any, nothing is computed."""
+    """`tensors`: names and shapes that only one side has; where there are any, nothing is computed.
+
+    is_made_up: the tokens are numbers spread over the vocabulary, not a text's.
+    """
 
     tensors: list[str]
     distances: dict[str, Distance]
     num_tokens: int
     tolerance: float
+    is_made_up: bool = False
 
     @property
     def equal(self) -> bool:
@@ -71,9 +76,10 @@ class Comparison:
         if self.tensors:
             return [*self.tensors, "different: not the same tensors"]
         head, first = self.distances[HEAD], self.first_divergence
+        made_up = " (made up: no tokenizer for the prompt)" if self.is_made_up else ""
         found = [
-            f"logits of {self.num_tokens} tokens: max difference {head.difference:.3g}, {head.relative:.2g} of the "
-            f"largest ({head.largest:.3g})"
+            f"logits of {self.num_tokens} tokens{made_up}: max difference {head.difference:.3g}, {head.relative:.2g} "
+            f"of the largest ({head.largest:.3g})"
         ]
         if first is not None:
             where = self.distances[first]
@@ -91,11 +97,11 @@ def compare(
     sides = [_side(path) for path in (a, b)]
     if differing := _differing_tensors(sides[0], sides[1]):
         return Comparison(differing, {}, 0, tolerance)
-    tokens = _tokens(sides, encode, prompt)
+    tokens, is_made_up = _tokens(sides, encode, prompt)
     # Megatron-Core without a GPU changes torch for good, so transformers goes first.
     order = sorted((0, 1), key=lambda index: sides[index].is_megatron)
     observed = {index: sides[index].observe(tokens) for index in order}
-    return Comparison([], _distances(observed[0], observed[1]), len(tokens), tolerance)
+    return Comparison([], _distances(observed[0], observed[1]), len(tokens), tolerance, is_made_up)
 
 
 @dataclass(frozen=True)
@@ -129,18 +135,26 @@ def _differing_tensors(a: _Side, b: _Side) -> list[str]:
     return sorted(found)
 
 
-def _tokens(sides: list[_Side], encode: Encode, prompt: str | None) -> Tensor:
-    """int64 [tokens] of the prompt; without a tokenizer that knows it, numbers spread over the vocabulary."""
-    vocab_size = read_model_shape(sides[0].folder).vocab_size
+def _tokens(sides: list[_Side], encode: Encode, prompt: str | None) -> tuple[Tensor, bool]:
+    """int64 [tokens] of the prompt; without a tokenizer that knows it, numbers spread over the vocabulary.
+
+    And whether it is those numbers. Errors: InputError where `prompt` cannot be what is computed.
+    """
+    vocab_size = min(read_model_shape(side.folder).vocab_size for side in sides)
     folder = next((side.folder for side in sides if has_tokenizer(side.folder)), None)
-    tokens = [] if folder is None else encode(folder, prompt or PROMPT)
+    tokens = [] if folder is None else encode(folder, PROMPT if prompt is None else prompt)
     if prompt is None and len(tokens) < FEW_TOKENS:  # a tokenizer of another alphabet
-        tokens = []
-    if prompt is not None and not tokens:
+        return torch.arange(NUM_PLAIN_TOKENS) * 7919 % vocab_size, True
+    if folder is None:
+        raise InputError(f"--prompt needs a tokenizer, which neither {sides[0].path} nor {sides[1].path} has")
+    if not tokens:
+        raise InputError(f"--prompt is no token to the tokenizer in {folder}: give a text that it knows")
+    if max(tokens) >= vocab_size:
         raise InputError(
-            f"--prompt needs a tokenizer that knows it, which neither {sides[0].path} nor {sides[1].path} has"
+            f"the tokenizer in {folder} makes the token {max(tokens)} of the prompt, but config.json has "
+            f"vocab_size={vocab_size}: take the tokenizer that belongs to the model."
         )
-    return torch.tensor(tokens) if tokens else torch.arange(NUM_PLAIN_TOKENS) * 7919 % vocab_size
+    return torch.tensor(tokens), False
 
 
 def _distances(a: Observed, b: Observed) -> dict[str, Distance]:
@@ -164,12 +178,17 @@ class _Recorder:
 
 @torch.no_grad()
 def _by_transformers(path: Path, shape: ModelShape, tokens: Tensor) -> Observed:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        # The tensors, not the folder: transformers asks for files of its own names, and takes pickles too.
+        tensors = dict(SafetensorsSource(path, table_of(shape)))
+        model: Any = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
     model.to(device).eval()
     recorder = _Recorder()
     recorder.watch(model.get_input_embeddings(), "embedding")
@@ -214,7 +233,9 @@ def _policy(actor: ActorSection, reader: MegatronReader, grid: Grid) -> TargetPo
         pp_rank=0,
         transformer_engine=uses_transformer_engine(actor, shape),
     ).to(grid.device)
-    load_weights([policy], reader.directory)
+    for name, parameter in chain(policy.named_parameters(), score_biases(policy)):
+        # On one rank every other parameter has its stored size; the vocabulary may be padded.
+        parameter.copy_(reader.read(reader.table.parameter(name))[: len(parameter)])
     return policy.eval()
 
 
