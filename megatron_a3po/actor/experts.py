@@ -33,6 +33,8 @@ def expert_settings(actor: ActorSection, shape: ModelShape) -> dict[str, Any]:
     must_divide("expert_model_parallel_size", ep_size, {"experts": experts.num_experts})
     sizes = {
         "attention heads": shape.num_attention_heads,
+        # Latent attention has keys and values for each of its heads.
+        "key-value heads": None if shape.latent_attention else shape.num_query_groups,
         "expert columns": experts.ffn_hidden_size,
         "shared columns": experts.shared_ffn_hidden_size,
     }

@@ -297,6 +297,17 @@ def test_a_layout_that_does_not_fit_is_refused(checkpoint: Path, sizes: dict[str
     assert any(re.search(says, problem) for problem in caught.value.problems)
 
 
+def test_key_value_heads_are_not_shared_by_tensor_ranks(tmp_path: Path):
+    (tmp_path / "config.json").write_text(
+        Qwen3MoeConfig(**COMMON, **CONFIGS["qwen3_moe"][1]).to_json_string()
+    )
+    with pytest.raises(InputError) as caught:
+        transformer_config(ActorSection(tensor_model_parallel_size=4), read_model_shape(tmp_path))
+    assert caught.value.problems == [
+        "actor.tensor_model_parallel_size is 4, but must divide the model's 2 key-value heads: take a divisor."
+    ]
+
+
 def test_experts_are_spread_over_data_ranks_alone():
     section = ActorSection(tensor_model_parallel_size=2, expert_model_parallel_size=4)
     with pytest.raises(InputError, match="is 4, but must divide the 2 data-parallel ranks"):
