@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_a3po.actor.actor import Actor
+from megatron_a3po.actor.optimizer import Schedule
 from megatron_a3po.config.rollout import RolloutSection
 from megatron_a3po.errors import RolloutError
 from megatron_a3po.rollout.engines.base import SampleRequest
@@ -18,8 +19,10 @@ from megatron_a3po.rollout.sampler import trajectory_of
 from megatron_a3po.rollout.trajectory import Trajectory
 from megatron_a3po.trainer.canary import prove_update
 from megatron_a3po.trainer.probe import compare
-from tests.actor.ranks import on_actors
-from tests.vllm_server import VllmServer
+from megatron_a3po.vocab_parallel.policy_objective import supervised_objective
+from tests.actor.ranks import on_actors, random_sequences
+from tests.vllm_server import VOCAB_SIZE, VllmServer
+from tests.weights.checkpoints import logits_of, read_model
 
 TEMPERATURE = 0.8
 PROMPT = Prompt(0, "", "", np.arange(2, 12, dtype=np.int32))
@@ -37,20 +40,38 @@ def respond(server: VllmServer, directory: Path) -> Trajectory:
     return asyncio.run(run())
 
 
+def train(actor: Actor) -> None:
+    """One optimizer step, by which every weight moves."""
+    actor.start_stage(Schedule(1e-2, 0.0, 0, "constant", 10))
+    packs = actor.pack(random_sequences([9, 14, 5, 7], VOCAB_SIZE))
+    assert actor.update(packs, supervised_objective).applied
+
+
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
-def test_log_probs_of_an_export_are_the_trainers(vllm_server: VllmServer, tmp_path: Path, tp: int, pp: int):
+def test_log_probs_of_an_export_in_training_are_the_trainers(
+    vllm_server: VllmServer, tmp_path: Path, tp: int, pp: int
+):
     def write(actor: Actor) -> None:
+        train(actor)
         actor.write_hugging_face(tmp_path / "export")
 
-    on_actors(write, vllm_server.versions[1], tp=tp, pp=pp)
+    on_actors(write, vllm_server.versions[1], tp=tp, pp=pp, temperature=TEMPERATURE)
     trajectory = respond(vllm_server, tmp_path / "export")
 
-    def distance(actor: Actor) -> dict[str, float]:
-        return compare(actor, trajectory)
+    def distances(actor: Actor) -> list[dict[str, float]]:
+        before = compare(actor, trajectory)
+        train(actor)  # the same step as the one that was exported
+        return [before, compare(actor, trajectory)]
 
-    for found in on_actors(distance, vllm_server.versions[1], tp=tp, pp=pp, temperature=TEMPERATURE):
-        assert found["sampler_trainer/tokens"] == trajectory.response_length > 0
-        assert found["sampler_trainer/abs_diff/max"] < 1e-4
+    ranks = on_actors(distances, vllm_server.versions[1], tp=tp, pp=pp, temperature=TEMPERATURE)
+    for before, after in ranks:
+        assert after["sampler_trainer/tokens"] == trajectory.response_length > 0
+        assert after["sampler_trainer/abs_diff/max"] < 1e-4
+        assert before["sampler_trainer/abs_diff/max"] > 1e-2
+    logits = logits_of(read_model(tmp_path / "export"), trajectory.tokens)[:-1] / TEMPERATURE
+    expected = logits.log_softmax(-1).numpy()[range(len(logits)), trajectory.tokens[1:]]
+    start = trajectory.prompt_length
+    np.testing.assert_allclose(trajectory.behave_logp[start:], expected[start - 1 :], rtol=0, atol=1e-4)
 
 
 def test_the_canary_names_a_server_with_other_weights(vllm_server: VllmServer):
