@@ -102,9 +102,12 @@ def write_megatron_checkpoint(
     """Write the weights of `source` as ranks in this layout would save them; `directory` is there when it returns.
 
     dtype: of every tensor; None: as it is. advance: told of the number of elements written, shard by shard.
-    Errors: InputError where the layout does not fit the model, OutputError where a file cannot be written.
+    Errors: InputError where the layout does not fit the model or one parameter is of several precisions, OutputError
+    where a file cannot be written.
     """
     split = _Split(table, ranks, padded_vocab_size)
+    if dtype is None:
+        _refuse_mixed(source, table)
     with written_aside(directory) as aside:
         contents, checksums = _Contents(), {}
         for rank in range(ranks.world_size):
@@ -134,6 +137,21 @@ def describe(directory: Path, template: Path, layout: Mapping[str, Any]) -> None
     (directory / HUGGING_FACE).mkdir()
     copy_configuration(template, directory / HUGGING_FACE)
     (directory / LAYOUT).write_text(json.dumps(layout, indent=1))
+
+
+def _refuse_mixed(source: Mapping[str, SliceReader], table: Table) -> None:
+    """What becomes one tensor has one precision, and the others would be changed silently."""
+    firsts: dict[str, tuple[str, torch.dtype]] = {}
+    for parameter in table.parameters:
+        key = place(parameter, table).key
+        for name in parameter.tensors:
+            dtype = source[name][:1].dtype
+            first, wanted = firsts.setdefault(key, (name, dtype))
+            if dtype != wanted:
+                raise InputError(
+                    f"{first} is {wanted} and {name} is {dtype}, but both become part of {key}: say with --dtype which "
+                    "precision it shall have."
+                )
 
 
 class _Split:

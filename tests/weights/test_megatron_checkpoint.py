@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_a3po.actor import checkpoint
 from megatron_a3po.actor.actor import Actor
@@ -152,6 +153,21 @@ def test_a_layout_that_does_not_fit_is_refused(model: Path, tmp_path: Path, rank
     with pytest.raises(InputError, match=says):
         converted(model, tmp_path / "out", ranks)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_parameter_of_several_precisions_is_refused_or_made_one(model: Path, tmp_path: Path):
+    mixed = Path(shutil.copytree(model, tmp_path / "mixed"))
+    tensors, name = tensors_of(mixed), "model.layers.1.self_attn.k_proj.weight"
+    save_file(
+        tensors | {name: tensors[name].bfloat16()}, mixed / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(
+        InputError, match=rf"q_proj\.weight is torch.float32 and {name} is torch.bfloat16.*say with --dtype"
+    ):
+        converted(mixed, tmp_path / "out", Ranks())
+    assert not (tmp_path / "out").exists()
+    reader = MegatronReader(converted(mixed, tmp_path / "out", Ranks(), dtype=torch.float32))
+    assert differing(dict(reader.hugging_face_tensors()), tensors) == []  # bfloat16 holds these weights
 
 
 def cut_short(file: Path) -> None:
