@@ -61,7 +61,7 @@ def test_a_checkpoint_of_another_model_or_beyond_the_run_is_refused(replays: Rep
 
     shutil.copytree(replays.folder / "model", tmp_path / "model")
     file = tmp_path / "model" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 1}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 1, "layer_types": None}))
     other = replays.ended(
         "other-model", f"model.hf_path={tmp_path / 'model'}", "trainer.steps=2", "--resume", str(checkpoint)
     )
