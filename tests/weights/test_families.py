@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from megatron_a3po.actor.actor import Actor
 from megatron_a3po.actor.model import unwrap
+from megatron_a3po.actor.optimizer import Schedule
 from megatron_a3po.config import read_model_shape
 from megatron_a3po.config.model_shape import Rope
+from megatron_a3po.vocab_parallel.policy_objective import supervised_objective
 from megatron_a3po.weights.families import table_of
 from tests.actor import ranks
-from tests.actor.ranks import on_actors, random_sequences
+from tests.actor.ranks import by_sequence, on_actors, random_sequences
 from tests.weights.checkpoints import DENSE, VOCAB_SIZE, WINDOW, logits_of, read_model, write_dense
 from tests.weights.test_round_trip import assert_identical, tensors_of
 
@@ -85,11 +87,8 @@ def test_logits_are_those_of_transformers_and_weights_come_back_bit_for_bit(
     keys = LAYOUTS[layout]
     on_ranks = on_actors(compute_and_export, checkpoints[family], **keys)
     assert_identical(tensors_of(tmp_path / "export"), tensors_of(checkpoints[family]))
-    model = read_model(checkpoints[family]).double()
-    for pack, lengths in PACKS.items():
-        expected = torch.cat(
-            [logits_of(model, s.tokens) for s in random_sequences(lengths, VOCAB_SIZE)]
-        ).numpy()
+    for pack in PACKS:
+        expected = expected_logits(checkpoints[family], pack)
         found = logits(on_ranks, pack, keys.get("sequence_parallel", False))
         distance = np.abs(found - expected).max() / np.abs(expected).max()
         print(f"{pack}: {distance:.1e} of the largest logit, {np.abs(expected).max():.1f}")
@@ -99,6 +98,31 @@ def test_logits_are_those_of_transformers_and_weights_come_back_bit_for_bit(
         tmp_path / "export", local_files_only=True, output_loading_info=True
     )
     assert not any(loaded[1].values()), loaded[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
+def test_an_export_of_an_actor_in_training_has_its_log_probs(
+    checkpoints: dict[str, Path], tmp_path: Path, family: str
+):
+    sequences = random_sequences(PACKS["ragged"], VOCAB_SIZE)
+
+    def train_and_export(actor: Actor) -> dict[str, np.ndarray]:
+        actor.start_stage(Schedule(1e-2, 0.0, 0, "constant", 10))
+        assert actor.update(actor.pack(sequences), supervised_objective).applied
+        actor.write_hugging_face(tmp_path / "export")
+        packs = actor.pack(sequences)
+        scores = [logp.numpy() for logp, _ in actor.score(packs)]  # by all ranks together
+        return by_sequence(packs, scores) if actor.has_loss else {}
+
+    keys = LAYOUTS["tp 2 pp 2 sp"]
+    *_, found = on_actors(train_and_export, checkpoints[family], temperature=0.8, **keys)
+    moved = tensors_of(tmp_path / "export")["model.norm.weight"]
+    assert not torch.equal(moved, tensors_of(checkpoints[family])["model.norm.weight"])
+    model = read_model(tmp_path / "export").double()
+    for sequence in sequences:
+        of_all = (logits_of(model, sequence.tokens)[:-1] / 0.8).log_softmax(-1).numpy()
+        expected = np.take_along_axis(of_all, sequence.tokens[1:, None].astype(np.int64), axis=1)[:, 0]
+        np.testing.assert_allclose(found[sequence.name], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
