@@ -10,7 +10,6 @@ below it, which leaves the statistics to the training step.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -102,7 +101,8 @@ def staleness_statistics(token_loss: TokenLoss, staleness: Int[Tensor, "trained"
     }
     found = Statistics.empty((), staleness.device)
     # Bounds as Python numbers: a tensor of them would be a copy to the device that the host waits for.
-    for label, (first, end) in zip(STALENESS, pairwise([*STALENESS.values(), None]), strict=True):
+    starts = tuple(STALENESS.values())
+    for label, first, end in zip(STALENESS, starts, (*starts[1:], None), strict=True):
         inside = staleness >= first if end is None else (staleness >= first) & (staleness < end)
         named = {f"{name}/staleness_{label}": vector for name, vector in vectors.items()}
         found = found.merge(Statistics.of(named, where=inside))
