@@ -435,6 +435,8 @@ def test_a_killed_conversion_leaves_nothing_under_the_final_name(
 
 def test_an_interrupt_is_no_other_error_and_leaves_nothing(qwen2: Path, converted: Path, tmp_path: Path):
     def interrupt_inside_torch() -> None:
+        # Behind a shell's `&` ctrl-C is ignored, and children inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         write = WrittenFile.write
 
         def interrupted(self: WrittenFile, data: bytes | memoryview) -> int:

@@ -145,7 +145,7 @@ def test_another_precision_is_the_nearest(model: Path, tmp_path: Path):
     [
         (Ranks(1, 3), "--pipeline-model-parallel-size is 3, which does not divide the 4 layers"),
         (Ranks(3, 1), "--tensor-model-parallel-size is 3, which does not divide"),
-        (Ranks(1, 1, 2), "--expert-model-parallel-size is 2, which does not divide the 1 experts"),
+        (Ranks(1, 1, 2), "--expert-model-parallel-size is 2, but this qwen2 has no experts"),
     ],
     ids=str,
 )
