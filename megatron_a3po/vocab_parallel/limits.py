@@ -47,7 +47,7 @@ def refuse_loss_scaling(grad_scale_func: Callable[..., Any] | None) -> None:
     if grad_scale_func is not None:
         raise ValueError(
             "the loss layer writes the weight gradient in forward, so the loss cannot be scaled afterwards: "
-            "train in bf16 or fp32, without grad_scale_func, or take two sweeps"
+            "train in bf16 or fp32, without grad_scale_func"
         )
 
 

@@ -98,7 +98,7 @@ def packages(machine: Machine) -> list[tuple[str, str]]:
         ("transformers", installed("transformers") or f"{MISSING}: the local engine and tokenizers need it"),
         ("Transformer Engine", machine.transformer_engine or f"{MISSING}: layers are plain torch"),
         ("NVIDIA Apex", _apex(machine)),
-        ("vLLM", installed("vllm") or f"{MISSING}: only the local engine can generate"),
+        ("vLLM", installed("vllm") or f"{MISSING}: rollout.engine=vllm needs it where its servers run"),
     ]
 
 
