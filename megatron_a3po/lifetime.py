@@ -5,12 +5,14 @@ command listens before torch is there, whose import takes seconds.
 """
 
 import ctypes
+import os
 import signal
 import sys
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+HEARD = b"\nstopping after this step; ctrl-C again ends the run at once\n"
 
 
 class StopWish:
@@ -19,6 +21,7 @@ class StopWish:
     def __init__(self) -> None:
         self.wished = False
         self._interrupts = 0
+        self._listener = os.getpid()
 
     @classmethod
     def listening(cls) -> "StopWish":
@@ -33,6 +36,8 @@ class StopWish:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
+        if number == signal.SIGINT and os.getpid() == self._listener:
+            os.write(2, HEARD)  # the answer may be minutes away; a log handler's lock may be held here
 
 
 def end_with_parent() -> None:
