@@ -52,10 +52,6 @@ class Command:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def pause(self, seconds: float = 0.03) -> None:
-        """Time for it to take a signal in: two at once would be one."""
-        time.sleep(seconds)
-
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
         """Until `condition` holds; an AssertionError with the command's output if it ends or hangs before."""
         deadline = time.monotonic() + timeout_s
