@@ -60,6 +60,11 @@ TRAINING = (
         "above `tokens/trained` a step",
     ),
     Metric(
+        "rollout/idle_s",
+        "seconds since the batch before in which nothing to train on was asked of the engine",
+        "0: generation never waits; at the staleness bound it must",
+    ),
+    Metric(
         "rollout/sampled_while_training",
         "tokens sampled between the step's first forward and last backward",
         "> 0",

@@ -5,7 +5,7 @@ Used by both ways of producing batches, `continuous.py` and `waves.py`, and by `
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from megatron_a3po.rollout.engines.base import RolloutEngine, Sample, SampleRequest
 from megatron_a3po.rollout.prompts import Prompt
 from megatron_a3po.rollout.rewards.scorer import Scorer
-from megatron_a3po.rollout.statistics import RolloutCounters
+from megatron_a3po.rollout.statistics import IdleTime, RolloutCounters
 from megatron_a3po.rollout.trajectory import Group, Trajectory
 
 
@@ -26,11 +26,13 @@ class GroupSampler:
     samples_per_prompt: int
     max_response_tokens: int
     temperature: float
+    idle: IdleTime = field(default_factory=IdleTime)
 
     async def sample(self, prompts: Sequence[Prompt]) -> list[Group | None]:
         """One group for each prompt, None where scoring a sample failed. All samples enter the engine in one piece."""
         keys = [(prompt, sample) for prompt in prompts for sample in range(self.samples_per_prompt)]
-        samples = await self._generate(keys)
+        with self.idle.interrupted():
+            samples = await self._generate(keys)
         trajectories = await asyncio.gather(
             *(self._score(*key, sample) for key, sample in zip(keys, samples))
         )

@@ -62,6 +62,7 @@ class RolloutService:
         if start.state is not None:
             self._producer.restore(start.state["producer"], start.first_version)
             self._counters.restore(start.state["counters"])
+        self._idle = sampler.idle
         self._evaluating = asyncio.Lock()
         self._updated = asyncio.Condition()
         self._batch_time = time.monotonic()
@@ -93,6 +94,7 @@ class RolloutService:
         num_tokens = self._engine.sampled_between(since, self._batch_time)
         statistics = self._counters.take()
         statistics["rollout/lost_requests"] = float(self._engine.take_num_lost())
+        statistics["rollout/idle_s"] = self._idle.take()
         statistics["rollout/tokens_per_s"] = num_tokens / (self._batch_time - since)
         self._num_batches += 1
         self._last_batch = (version, groups)

@@ -1,6 +1,8 @@
 """What happened in the rollout process since the last batch, counted as it happens."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,3 +51,35 @@ class RolloutCounters:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
+
+
+class IdleTime:
+    """Seconds in which nothing to train on was asked of the engine: it could have generated, and might not."""
+
+    def __init__(self) -> None:
+        self._num_under_way = 0
+        self._seconds = 0.0
+        self._since = time.monotonic()
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """Around a request; requests overlap."""
+        self._add()
+        self._num_under_way += 1
+        try:
+            yield
+        finally:
+            self._add()
+            self._num_under_way -= 1
+
+    def take(self) -> float:
+        """Since the last call."""
+        self._add()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _add(self) -> None:
+        now = time.monotonic()
+        if self._num_under_way == 0:
+            self._seconds += now - self._since
+        self._since = now

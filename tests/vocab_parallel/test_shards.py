@@ -10,6 +10,8 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -135,7 +137,10 @@ def on_each_rank(rank: int, world_size: int) -> dict[str, Any]:
             layer_answer(plain, **answered, sequence_parallel=sp)
         shapes[sp] = watch.shapes
     rounded = bfloat16_problem()
-    answers["bfloat16"] = layer_answer(rounded, **answered, dtype=torch.bfloat16)
+    for sp in (False, True):
+        answers["bfloat16", sp] = layer_answer(
+            rounded, **answered, sequence_parallel=sp, dtype=torch.bfloat16
+        )
     return {
         "answers": answers,
         "logp": {sp: score(plain, group, sp) for sp in (False, True)},
@@ -235,6 +240,51 @@ def test_agrees_with_the_reference(ranks: Ranks, name: str, sp: bool, num_shards
             assert found.weight_grad[problem.vocab_size :].abs().sum() == 0
 
 
+@settings(max_examples=25)
+@given(
+    num_shards=st.sampled_from(SHARDS),
+    rows_per_rank=st.integers(1, 9),
+    hidden=st.integers(1, 20),
+    vocab_per_rank=st.integers(1, 17),
+    padding=st.integers(0, 9),
+    chunk_tokens=st.integers(1, 40),
+    seed=st.integers(0, 99),
+    sp=st.booleans(),
+    sweeps=st.sampled_from([1, 2]),
+)
+def test_agrees_whatever_the_shapes(
+    num_shards: int,
+    rows_per_rank: int,
+    hidden: int,
+    vocab_per_rank: int,
+    padding: int,
+    chunk_tokens: int,
+    seed: int,
+    sp: bool,
+    sweeps: Literal[1, 2],
+):
+    padded = num_shards * vocab_per_rank
+    problem = random_problem(
+        num_rows=num_shards * rows_per_rank,
+        hidden=hidden,
+        vocab_size=max(2, padded - padding),
+        padded_vocab=padded,
+        scale=0.5,
+        seed=seed,
+        entropy_coef=0.1,
+    )
+
+    def answer_of_rank(rank: int, world_size: int) -> Answer:
+        group = dist.group.WORLD
+        return layer_answer(
+            problem, chunk_tokens=chunk_tokens, group=group, sequence_parallel=sp, sweeps=sweeps
+        )
+
+    found = whole(run_ranks(answer_of_rank, num_shards), sp)
+    assert_agree(found, reference_answer(problem), within(1e-5))
+    assert found.weight_grad[problem.vocab_size :].abs().sum() == 0
+
+
 @shards
 @layouts
 def test_every_objective(ranks: Ranks, sp: bool, num_shards: int):
@@ -245,8 +295,9 @@ def test_every_objective(ranks: Ranks, sp: bool, num_shards: int):
 
 
 @shards
-def test_bfloat16(ranks: Ranks, num_shards: int):
-    found = whole([rank["answers"]["bfloat16"] for rank in ranks(num_shards)], sequence_parallel=False)
+@layouts
+def test_bfloat16(ranks: Ranks, sp: bool, num_shards: int):
+    found = whole([rank["answers"]["bfloat16", sp] for rank in ranks(num_shards)], sp)
     tolerances = within(5e-6, "loss", "logp", "entropy") | within(1e-2, "hidden_grad", "weight_grad")
     assert_agree(found, reference_answer(bfloat16_problem()), tolerances)
 
