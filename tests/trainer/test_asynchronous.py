@@ -21,7 +21,7 @@ from tests.trainer.replay import exported, identical, logs_of, write_tiny_model
 GROUPS, SAMPLES = 4, 4
 STEPS = 12
 # What a row says of the clock, beside time/*.
-OF_THE_CLOCK = ("rollout/tokens_per_s", "rollout/sampled_while_training", "attempt")
+OF_THE_CLOCK = ("rollout/tokens_per_s", "rollout/idle_s", "rollout/sampled_while_training", "attempt")
 
 
 class Task:
