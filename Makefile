@@ -16,7 +16,7 @@ BIN_NEWEST = $(VENV_NEWEST)/bin
 MEGATRON_NEWEST = megatron-core==0.19.2
 INSTALL_INPUTS = pyproject.toml setup.py tools/install.sh
 NEWEST_TESTS = tests/actor tests/weights tests/vocab_parallel tests/distributed tests/trainer/test_resume.py \
-	tests/tools/test_convert_checkpoint.py
+	tests/tools/test_convert_checkpoint.py tests/tools/test_convert_refusals.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-vllm quickstart quickstart-vllm test test-slow test-newest check format gpu-check
