@@ -53,6 +53,11 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def kill_order() -> str | None:
+    """The kill point at which a test of recovery wants this process dead, see `lifetime.kill_point`."""
+    return os.environ.get("A3PO_KILL_AT")
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """A copy of the environment with `changes`, for a process this one starts."""
     return {**os.environ, **changes}

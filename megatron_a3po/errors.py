@@ -7,7 +7,9 @@
     `-- RunError                  3      the run stopped and needs a person
         |-- TrainingError                  non-finite numbers, too many skipped steps, a dead rank
         |-- RolloutError                   the rollout process or an engine failed
-        `-- RewardError                    a reward function kept failing
+        |   `-- ServersGone                no vLLM server is left; what they had finished still is
+        |-- RewardError                    a reward function kept failing
+        `-- FencedError                    a later start has taken the run over
 
 A problem is one clear sentence: the key or path, what was found, what is wanted, the mend.
 What is not in the tree is a bug of ours and ends with a traceback. Next: `__main__.py`, where they are
@@ -70,5 +72,13 @@ class RolloutError(RunError):
     """The generating side failed; the message carries its own traceback."""
 
 
+class ServersGone(RolloutError):
+    """No vLLM server has been there for too long. The rollout process is: a checkpoint can be written."""
+
+
 class RewardError(RunError):
     """A reward function failed too often in a row; the message carries its own traceback."""
+
+
+class FencedError(RunError):
+    """A later start has taken the run over: this one must write nothing more."""

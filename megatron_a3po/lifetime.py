@@ -1,4 +1,5 @@
-"""When a process ends: the wish to stop, which signals make, and children that must not outlive their parent.
+"""When a process ends: the wish to stop, which signals make, children that must not outlive their parent, and the
+points at which a test of recovery kills it.
 
 A wish is looked at between steps; how a run answers it is in `trainer/loop.py`. Next to nothing is imported here: the
 command listens before torch is there, whose import takes seconds.
@@ -8,7 +9,10 @@ import ctypes
 import os
 import signal
 import sys
+from collections import Counter
 from types import FrameType
+
+from megatron_a3po.environment import kill_order
 
 PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -54,3 +58,19 @@ def be_a_servant() -> None:
     end_with_parent()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+_passings: Counter[str] = Counter()
+
+
+def kill_point(name: str) -> None:
+    """Die here, as by kill -9, where A3PO_KILL_AT is `name`, or `name:n` at the n-th passing in this process.
+
+    For tests of recovery alone: unset, this is one look at the environment. docs/reliability.md lists the points.
+    """
+    if (order := kill_order()) is None:
+        return
+    wanted, _, passing = order.partition(":")
+    _passings[name] += 1
+    if wanted == name and _passings[name] == int(passing or 1):
+        os.kill(os.getpid(), signal.SIGKILL)
