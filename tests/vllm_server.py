@@ -81,8 +81,10 @@ class VllmServer:
     ):
         """An engine whose servers have version 0, or the weights of `directory` by that name."""
 
+        places = places or [self.place(on_update)]
+
         async def find() -> Sequence[Place]:
-            return places or [self.place(on_update)]
+            return places
 
         fleet = Fleet(find, 0, directory or self.versions[0], max_tokens=MAX_TOKENS, timeout_s=START_S)
         engine = VllmEngine(

@@ -22,7 +22,8 @@ class RolloutSection(Section):
     """vllm: URLs of servers that are there already, such as http://10.0.0.5:8000."""
 
     servers_file: str | None = None
-    """vllm: a file with one such URL a line, waited for until it is there."""
+    """vllm: a file with one such URL a line, or a folder with a file NAME.url for each server; looked up
+    again and again, so that servers may come and go."""
 
     launch: int | None = Field(default=None, ge=1)
     """vllm: start this many servers on this machine, and end them with the run."""

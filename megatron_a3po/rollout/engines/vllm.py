@@ -11,7 +11,7 @@ import asyncio
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from megatron_a3po.config import Config, read_model_shape
-from megatron_a3po.config.vllm_checks import is_url
-from megatron_a3po.errors import ConfigError, RolloutError
+from megatron_a3po.errors import RolloutError
 from megatron_a3po.rollout.engines.base import Sample, SampleRequest
 from megatron_a3po.rollout.trajectory import FinishReason
 from megatron_a3po.rollout.vllm.fleet import Fleet
 from megatron_a3po.rollout.vllm.places import GivenPlace, Launch, LaunchedPlace, Place, new_token_file
+from megatron_a3po.rollout.vllm.registrations import Registrations
 from megatron_a3po.rollout.vllm.server import Server
 from megatron_a3po.rollout.vllm.wire import Segment, ServerError, generate_body
 
@@ -183,17 +183,7 @@ def create_vllm_engine(config: Config, run_dir: Path, directory: Path, version: 
     rollout = config.rollout
     max_tokens = config.data.max_prompt_tokens + rollout.max_response_tokens
 
-    async def find_places() -> Sequence[Place]:
-        if rollout.launch is not None:
-            return launched_places(config, run_dir, max_tokens)
-        token = (
-            None
-            if rollout.token_file is None
-            else Path(rollout.token_file).read_text(encoding="ascii").strip()
-        )
-        urls = rollout.servers or await read_urls(Path(rollout.servers_file or ""), rollout.timeout_s)
-        return [GivenPlace(url, lambda url: connect(config, url, token), rollout.timeout_s) for url in urls]
-
+    find_places = find_launched_or_given(config, run_dir, max_tokens)
     fleet = Fleet(find_places, version, directory, max_tokens=max_tokens, timeout_s=rollout.timeout_s)
     return VllmEngine(
         fleet,
@@ -203,6 +193,32 @@ def create_vllm_engine(config: Config, run_dir: Path, directory: Path, version: 
         segment_tokens=rollout.segment,
         one_version=rollout.update_mode == "restart",
     )
+
+
+def find_launched_or_given(
+    config: Config, run_dir: Path, max_tokens: int
+) -> Callable[[], Awaitable[Sequence[Place]]]:
+    """How the fleet learns of its places: only `rollout.servers_file` may name others later."""
+    rollout = config.rollout
+    token = (
+        None if rollout.token_file is None else Path(rollout.token_file).read_text(encoding="ascii").strip()
+    )
+
+    def connect_with_token(url: str) -> Server:
+        return connect(config, url, token)
+
+    if rollout.servers_file is not None:
+        return Registrations(Path(rollout.servers_file), connect_with_token, rollout.timeout_s).find
+    places: Sequence[Place] = (
+        launched_places(config, run_dir, max_tokens)
+        if rollout.launch is not None
+        else [GivenPlace(url, connect_with_token, rollout.timeout_s) for url in rollout.servers or ()]
+    )
+
+    async def the_same() -> Sequence[Place]:
+        return places
+
+    return the_same
 
 
 def connect(config: Config, url: str, token: str | None) -> Server:
@@ -230,18 +246,3 @@ def launched_places(config: Config, run_dir: Path, max_tokens: int) -> list[Plac
     )
     logs = (run_dir / "logs" / f"vllm-{number}.log" for number in range(rollout.launch))
     return [LaunchedPlace(launch, log, lambda url: connect(config, url, token)) for log in logs]
-
-
-async def read_urls(file: Path, timeout_s: float) -> list[str]:
-    """The lines of `rollout.servers_file`, once it is there and not empty: a job may still be filling it in."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        urls = file.read_text(encoding="utf-8").split() if file.is_file() else []
-        if wrong := [url for url in urls if not is_url(url)]:
-            raise ConfigError(f"rollout.servers_file: {file} has {wrong[0]!r}, but wants URLs, one a line.")
-        if urls:
-            return urls
-        await asyncio.sleep(1.0)
-    raise ConfigError(
-        f"rollout.servers_file: {file} named no server within {timeout_s:g} s: write URLs, one a line."
-    )

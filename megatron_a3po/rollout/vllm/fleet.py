@@ -1,8 +1,10 @@
 """All vLLM servers of a run: who gets work, who takes which weights, who is out and comes back.
 
-One task tends each place for ever: open it, bring the server to the newest weights, let it work until it fails, and
-again. A server gets work only between the two, so whatever serves has weights that were published. Updates and
-admissions exclude each other. Nothing here knows tokens or prompts: that is `engines/vllm.py`.
+One task tends each place for as long as it is there: open it, bring the server to the newest weights, let it work
+until it fails, and again. Places are looked for again and again; the server of one that is no more gets no new work,
+and finishes what it has. A server gets work only between the update and the failure, so whatever serves has weights
+that were published. Updates and admissions exclude each other. One that can never serve ends the run, unless another
+has served: then it is left out. Nothing here knows tokens or prompts: that is `engines/vllm.py`.
 """
 
 import asyncio
@@ -11,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from megatron_a3po.errors import RolloutError
+from megatron_a3po.errors import ConfigError, RolloutError
 from megatron_a3po.rollout.vllm.places import Place
 from megatron_a3po.rollout.vllm.server import Server
 from megatron_a3po.rollout.vllm.wire import ServerError, Unreachable
@@ -24,7 +26,8 @@ AGAIN_AFTER_S = 2.0
 
 class Fleet:
     """Create it inside the event loop, then keep `run` running. `version` is the oldest that any server samples with;
-    without a server, that of the last one."""
+    without a server, that of the last one. `find_places` gives all places of the moment, a place that stays as the
+    same object."""
 
     def __init__(
         self,
@@ -38,7 +41,10 @@ class Fleet:
         self.version = version
         self.serving: list[Server] = []
         self._find_places = find_places
-        self._places: Sequence[Place] = ()
+        self._tending: dict[Place, asyncio.Task[None]] = {}
+        self._servers: dict[Place, Server] = {}
+        self._left: list[Place] = []
+        self._any_has_served = False
         self._newest = (version, directory)
         self._max_tokens = max_tokens
         self._timeout_s = timeout_s
@@ -48,15 +54,40 @@ class Fleet:
 
     async def run(self) -> None:
         """Until cancelled, or until no server has been there for the time of `rollout.server_timeout_s`."""
-        self._places = await self._find_places()
         async with asyncio.TaskGroup() as tasks:
-            for place in self._places:
-                tasks.create_task(self._tend(place))
             tasks.create_task(self._give_up())
+            while True:
+                places = await self._find_places()
+                for place in places:
+                    if place not in self._tending:
+                        self._tending[place] = tasks.create_task(self._tend(place))
+                await self._close_idle()
+                for place in [place for place in self._tending if place not in places]:
+                    await self._leave(place)
+                await asyncio.sleep(AGAIN_AFTER_S)
 
     async def close(self) -> None:
-        for place in self._places:
+        for place in [*self._tending, *self._left]:
             await place.close()
+
+    async def _leave(self, place: Place) -> None:
+        logger.info("vLLM server %s is no longer named: it gets no more work", place)
+        tending = self._tending.pop(place)
+        tending.cancel()
+        await asyncio.wait([tending])
+        if (server := self._servers.get(place)) in self.serving:
+            self.serving.remove(server)
+            await self._tell()
+        self._left.append(place)
+
+    async def _close_idle(self) -> None:
+        """Of the servers that were left, those that have finished what they were asked."""
+        for place in list(self._left):
+            server = self._servers.get(place)
+            if server is None or server.tokens_in_flight == 0:
+                self._left.remove(place)
+                self._servers.pop(place, None)
+                await place.close()
 
     async def pick(self) -> Server:
         """The server with the fewest tokens in flight, as soon as there is one."""
@@ -91,20 +122,24 @@ class Fleet:
             await self.evict(server, error)
 
     async def _tend(self, place: Place) -> None:
-        has_served = False
         while True:
             try:
-                server = await place.open()
+                server = self._servers[place] = await place.open()
                 await server.refuse_unsuitable(self._max_tokens)
                 async with self._updating:
                     await server.update(*self._newest)
                     self.serving.append(server)
                     await self._tell()
-                has_served = True
+                self._any_has_served = True
                 logger.info("vLLM server %s serves version %d", server, self.version)
                 await self._watch(place, server)
+            except ConfigError as error:
+                if not self._any_has_served:
+                    raise
+                logger.warning("%s is left out: %s", place, error)
+                return
             except ServerError as error:
-                if not (has_served or isinstance(error, Unreachable)):
+                if not (self._any_has_served or isinstance(error, Unreachable)):
                     raise RolloutError(f"{place} cannot serve the model of model.hf_path: {error}") from error
                 self._trouble = f"{place}: {error}"
                 logger.warning("%s: %s", place, error)
