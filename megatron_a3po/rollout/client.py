@@ -21,7 +21,7 @@ from typing import Any, cast
 from megatron_a3po import errors
 from megatron_a3po.config import Config
 from megatron_a3po.environment import child_environment
-from megatron_a3po.errors import A3POError, RolloutError
+from megatron_a3po.errors import A3POError, RolloutError, ServersGone
 from megatron_a3po.rollout.messages import Answer, Failure, Request, Start, Stop
 from megatron_a3po.rollout.trajectory import Evaluation, RolloutBatch, Trajectory
 
@@ -168,7 +168,10 @@ class RolloutClient:
                 case Answer(number, value):
                     with self._lock:
                         future = self._pending.pop(number)
-                    future.set_result(value)
+                    if isinstance(value, ServersGone):
+                        future.set_exception(value)
+                    else:
+                        future.set_result(value)
                 case Failure():
                     failure = message
         error = self._ended(failure)

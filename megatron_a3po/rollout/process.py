@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_a3po.errors import A3POError, RewardError
+from megatron_a3po.errors import A3POError, RewardError, ServersGone
 from megatron_a3po.logs import set_up_logs
 from megatron_a3po.rollout.messages import Answer, Failure, Request, Start, Stop
 from megatron_a3po.rollout.service import RolloutService
@@ -60,7 +60,10 @@ async def _serve(connection: Connection, start: Start) -> None:
     logger.info("pid %d, version %d from %s", os.getpid(), start.first_version, start.weights_dir)
 
     async def answer(request: Request) -> None:
-        value = await getattr(service, request.method)(*request.arguments)
+        try:
+            value = await getattr(service, request.method)(*request.arguments)
+        except ServersGone as error:  # an answer like others: a checkpoint still needs this process
+            value = error
         async with (
             sending
         ):  # a batch may fill the socket; the event loop must not wait for the trainer to read it

@@ -7,12 +7,14 @@ what `client.RolloutClient` calls by name.
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from megatron_a3po.config import Config, read_model_shape
+from megatron_a3po.errors import ServersGone
 from megatron_a3po.rollout.buffer import Buffer
 from megatron_a3po.rollout.continuous import ContinuousProducer
 from megatron_a3po.rollout.engines.base import RolloutEngine, SampleRequest
@@ -33,6 +35,7 @@ from megatron_a3po.rollout.waves import WaveProducer
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 CANARY_TOKENS = 16
 
 
@@ -65,6 +68,7 @@ class RolloutService:
         self._idle = sampler.idle
         self._evaluating = asyncio.Lock()
         self._updated = asyncio.Condition()
+        self._gone: asyncio.Future[ServersGone] = asyncio.get_running_loop().create_future()
         self._batch_time = time.monotonic()
         self._num_batches = 0
         self._last_batch: tuple[int, list[Group]] = (0, [])
@@ -75,7 +79,13 @@ class RolloutService:
         await self._producer.run()
 
     async def engine_failed(self) -> None:
-        await self._engine.failed()
+        """Raises what ended the engine. Servers that are gone end only the calls that need them: the trainer still
+        asks for what has finished, and for the state of a checkpoint."""
+        try:
+            await self._engine.failed()
+        except ServersGone as error:
+            logger.error("%s", error)
+            self._gone.set_result(error)
 
     async def close(self) -> None:
         await self._engine.close()
@@ -89,7 +99,7 @@ class RolloutService:
             self._updated.notify_all()
 
     async def next_batch(self, version: int) -> RolloutBatch:
-        groups = await self._producer.take(version)
+        groups = await self._unless_gone(self._producer.take(version))
         since, self._batch_time = self._batch_time, time.monotonic()
         num_tokens = self._engine.sampled_between(since, self._batch_time)
         statistics = self._counters.take()
@@ -110,6 +120,9 @@ class RolloutService:
 
     async def evaluate(self, version: int, limit: int | None) -> Evaluation:
         """One at a time: the engine keeps one set of weights for evaluation."""
+        return await self._unless_gone(self._evaluate(version, limit))
+
+    async def _evaluate(self, version: int, limit: int | None) -> Evaluation:
         async with self._evaluating:
             await self._wait_for_version(version)
             return await evaluate(
@@ -144,6 +157,15 @@ class RolloutService:
 
     async def sampled_between(self, start: float, end: float) -> int:
         return self._engine.sampled_between(start, end)
+
+    async def _unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` gives, at once or later; ServersGone where it would wait for servers that do not come back."""
+        task = asyncio.ensure_future(work)
+        await asyncio.wait([task, self._gone], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        task.cancel()
+        raise self._gone.result()
 
     async def _wait_for_version(self, version: int) -> None:
         async with self._updated:

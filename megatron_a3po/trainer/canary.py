@@ -7,7 +7,7 @@ published, scores the answers before it goes on. A response of tokens older than
 
 from typing import TYPE_CHECKING, cast
 
-from megatron_a3po.errors import RolloutError
+from megatron_a3po.errors import RolloutError, ServersGone
 from megatron_a3po.rollout.client import RolloutClient
 from megatron_a3po.trainer.probe import compare
 from megatron_a3po.trainer.source import result_on_main
@@ -30,7 +30,10 @@ def prove_update(run: "Run") -> None:
     if run.num_published > 1 and run.num_published % rollout.canary_period:
         return
     version = run.progress.step
-    answers = result_on_main(run.actor.grid, lambda: cast(RolloutClient, run.client).canary(version))
+    try:
+        answers = result_on_main(run.actor.grid, lambda: cast(RolloutClient, run.client).canary(version))
+    except ServersGone:
+        return  # the run ends where it needs samples
     tolerance = TOLERANCE_BF16 if run.config.actor.bf16 else TOLERANCE_FP32
     for server, trajectory in sorted(answers.items()):
         if not (trajectory.versions[trajectory.prompt_length :] == version).all():

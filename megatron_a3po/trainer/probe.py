@@ -11,6 +11,7 @@ import torch
 
 from megatron_a3po.actor.packing import AlignedSequence
 from megatron_a3po.algorithm.alignment import shift_to_predictions
+from megatron_a3po.errors import ServersGone
 from megatron_a3po.rollout.client import RolloutClient
 from megatron_a3po.rollout.trajectory import Trajectory
 from megatron_a3po.trainer.batch import supervised_sequence
@@ -29,7 +30,10 @@ def probe(run: "Run", metrics: dict[str, Any]) -> dict[str, float]:
     if run.progress.steps_without_fresh_tokens % run.config.trainer.probe_every:
         return {}
     version = run.progress.step
-    trajectory = result_on_main(run.actor.grid, lambda: cast(RolloutClient, run.client).probe(version))
+    try:
+        trajectory = result_on_main(run.actor.grid, lambda: cast(RolloutClient, run.client).probe(version))
+    except ServersGone:
+        return {}  # the run ends where it needs samples
     if not (trajectory.versions[trajectory.prompt_length :] == version).all():
         return {}  # the engine was already asked for newer weights: nothing to compare with
     return compare(run.actor, trajectory)
