@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megatron_a3po.environment import node_name
 from megatron_a3po.errors import ConfigError, FencedError
+from megatron_a3po.weights.aside import write_aside
 
 FOLDER = "attempts"  # <n>: who made attempt n
 NEWEST = "attempt"  # its number
@@ -78,13 +79,6 @@ def lock(run_dir: Path, held: ExitStack) -> None:
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a small file so that whoever reads it sees all of it or the one before."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    aside.rename(path)
 
 
 def _make(file: Path) -> bool:

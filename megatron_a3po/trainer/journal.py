@@ -65,7 +65,7 @@ class Journal:
 
     def step(self, step: int, version: int, shown: Shown, metrics: dict[str, Any]) -> None:
         """A step's row. Evaluations that have come in meanwhile go with it, with the version they are of."""
-        while self._expected and self._expected[0][1].done():
+        while self._expected and self._expected[0][1].done() and not self._expected[0][1].exception():
             evaluation = self._take_evaluation()
             metrics |= {"evaluation/accuracy": evaluation.accuracy, "evaluation/version": evaluation.version}
         self.recorder.record(step, version, metrics)
@@ -88,10 +88,13 @@ class Journal:
                     return future.result(FIRST_ACCURACY_S).accuracy
         return self.accuracy.get(0, known)
 
-    def finish(self, status: str, accuracy_before: float | None, export: Path | None) -> None:
-        """Wait for the evaluations still on their way, write summary.json, say how it went."""
+    def settle(self, timeout_s: float) -> None:
+        """Wait for the evaluations still on their way; TimeoutError where one takes longer: call it again."""
         while self._expected:
-            self._take_evaluation()
+            self._take_evaluation(timeout_s)
+
+    def finish(self, status: str, accuracy_before: float | None, export: Path | None) -> None:
+        """Write summary.json, say how it went."""
         # Once the pipeline is full: before, nothing newer than the first weights has been published.
         rows = [row for row in read_metrics(self.run_dir) if row["step"] > FULL_PIPELINE_STEP]
         summary = summarize(
@@ -107,8 +110,9 @@ class Journal:
         for line in closing_lines(summary):
             self.display.say(line)
 
-    def _take_evaluation(self) -> Evaluation:
-        step, future = self._expected.pop(0)
-        evaluation = future.result()
+    def _take_evaluation(self, timeout_s: float | None = None) -> Evaluation:
+        step, future = self._expected[0]
+        evaluation = future.result(timeout_s)
+        self._expected.pop(0)
         self.accuracy[step] = evaluation.accuracy
         return evaluation

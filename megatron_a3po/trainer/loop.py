@@ -3,6 +3,8 @@
 wait for the batch of this version -> align -> train on it -> publish the new weights -> write down what happened
 """
 
+import contextlib
+import shutil
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from megatron_a3po.config import Config
 from megatron_a3po.errors import TrainingError
 from megatron_a3po.logs import StepFilter
 from megatron_a3po.rollout.client import RolloutClient
+from megatron_a3po.trainer.attempt import Attempt
 from megatron_a3po.trainer.batch import Batch, align, batch_path, save_batch
 from megatron_a3po.trainer.canary import prove_update
 from megatron_a3po.trainer.clock import Clock
@@ -45,6 +48,7 @@ class Run:
 
     config: Config
     actor: Actor
+    attempt: Attempt
     source: Source
     client: RolloutClient | None
     journal: Journal | None
@@ -75,6 +79,7 @@ def train(run: Run) -> bool:
             mini_batches = align(batch, run.config.actor, run.config.rollout)
         shown = Shown.of(batch, version + 1, run.config.trainer.sample_every)
         metrics = train_step(run.actor, mini_batches, method, run.clock, shown, run.reference)
+        from_main(run.actor.grid, run.attempt.refuse_if_fenced)
         run.progress.step += 1
         if run.source.publishes:
             with run.clock("publish"):
@@ -91,7 +96,7 @@ def train(run: Run) -> bool:
 
 def publish(run: Run) -> None:
     """Write the weights of the version just made and tell the rollout process. Collective."""
-    root, version = published_weights(run.config), run.progress.step
+    root, version = published_weights(run.attempt), run.progress.step
     run.actor.write_hugging_face(version_directory(root, version))
     run.num_published += 1
     if run.client is not None:
@@ -99,14 +104,26 @@ def publish(run: Run) -> None:
         forget_old_versions(root, keep=3 + run.config.rollout.bound)
 
 
-def published_weights(config: Config) -> Path:
-    """Where versions lie for the engines; gone when the run ends."""
-    return Path(config.run_dir) / "weights"
+def published_weights(attempt: Attempt) -> Path:
+    """Where versions lie for the engines; gone when the attempt ends."""
+    return attempt.run_dir / "weights" / f"attempt-{attempt.number}"
+
+
+def forget_published_before(attempt: Attempt) -> None:
+    """What attempts that were killed had published."""
+    shutil.rmtree(attempt.run_dir / "weights", ignore_errors=True)
+
+
+def forget_published(attempt: Attempt) -> None:
+    """What this attempt has published; another one may be at it."""
+    shutil.rmtree(published_weights(attempt), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (attempt.run_dir / "weights").rmdir()
 
 
 def save(run: Run) -> None:
     """A checkpoint of the step just completed. Collective."""
-    checkpoint = Checkpoint(run.run_dir, run.progress.step)
+    checkpoint = Checkpoint(run.attempt, run.progress.step)
     from_main(run.actor.grid, checkpoint.open)
     actor_checkpoint.save(run.actor, checkpoint.actor_directory)
     asked: list[Future[dict[str, Any]]] = []

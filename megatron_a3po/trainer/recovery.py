@@ -2,7 +2,7 @@
 
     checkpoints/step-<n>/     complete when, and only when, the name has no suffix
         actor/                model, optimizer, schedule (actor/checkpoint.py)
-        trainer.json          step (and so version) and what else the loop counts
+        trainer.json          step (and so version), the attempt that made it, what else the loop counts
         model.json            the shape of the model
         rollouts.npz          prompt cursor, prompts in flight, finished groups (trainer/rollout_state.py)
         config.yaml           the configuration it was written under
@@ -12,10 +12,8 @@ There is no random state to keep: prompts, samples and shuffles are functions of
 """
 
 import dataclasses
-import fcntl
 import itertools
 import json
-import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,8 +23,9 @@ from typing import Any, Literal
 from megatron_a3po.config import Config, ModelShape, read_model_shape, to_yaml
 from megatron_a3po.config.difference import differing_keys
 from megatron_a3po.errors import ConfigError, InputError
+from megatron_a3po.trainer.attempt import Attempt, lock
 from megatron_a3po.trainer.rollout_state import write_rollout_state
-from megatron_a3po.weights.aside import written_aside
+from megatron_a3po.weights.aside import write_aside, written_aside
 from megatron_a3po.weights.manifest import damage, write_manifest
 
 FORMAT = 2  # 2: layers by number, rollouts without a pickle
@@ -39,8 +38,8 @@ class Beginning:
     """How this start goes on from what the run directory holds."""
 
     kind: Literal["new", "continue", "finished"]
-    attempt: int = 1
     checkpoint: Path | None = None
+    newest: list[Path] = field(default_factory=list)  # checkpoint of this run, damaged or not: at most one
     summary: dict[str, Any] = field(default_factory=dict)  # of a finished run
     notes: tuple[str, ...] = ()  # what a person should know, said once there is a log
 
@@ -55,7 +54,7 @@ def begin(config: Config, resume: str) -> Beginning:
     notes: tuple[str, ...] = ()
     if resume == "never" and run_dir.exists():
         notes = (f"moved the old run to {_move_aside(run_dir)}",)
-    checkpoint = None
+    checkpoint, newest = None, _checkpoints(run_dir)[-1:]
     used = (run_dir / "config.yaml").is_file()
     if used:
         _refuse_another_configuration(run_dir, config)
@@ -68,9 +67,8 @@ def begin(config: Config, resume: str) -> Beginning:
     if checkpoint is not None:
         _refuse_unfit(checkpoint, config)
     _make(run_dir)
-    return Beginning(
-        "continue" if used or checkpoint else "new", _next_attempt(run_dir), checkpoint, notes=notes
-    )
+    kind: Literal["new", "continue"] = "continue" if used or checkpoint else "new"
+    return Beginning(kind, checkpoint, newest, notes=notes)
 
 
 def _move_aside(run_dir: Path) -> Path:
@@ -115,30 +113,25 @@ def _refuse_another_configuration(run_dir: Path, config: Config) -> None:
         )
 
 
-def claim(config: Config, attempt: int, held: ExitStack) -> None:
-    """Take the run directory for this attempt, for as long as `held` lasts; write configuration and attempt number.
+def claim(config: Config, beginning: Beginning, held: ExitStack) -> tuple[Attempt, Beginning]:
+    """Take the run directory for as long as `held` lasts, with a number of its own; write the configuration.
 
-    Errors: ConfigError where another start has it.
+    Whoever had it when `begin` looked may have come further: then what it left is where this start begins.
+    Errors: ConfigError where another start has it, or has finished the run.
     """
     run_dir = Path(config.run_dir)
-    try:
-        lock = held.enter_context((run_dir / "lock").open("a+"))
-    except OSError as error:
+    lock(run_dir, held)
+    attempt = Attempt.take(run_dir)  # from here on no other attempt completes a checkpoint
+    if (run_dir / "summary.json").is_file():
         raise ConfigError(
-            f"run_dir is {run_dir}, but nothing can be written there ({error.strerror})"
-        ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        raise ConfigError(
-            f"run_dir is {run_dir}, where a run is under way (pid {lock.read().strip()}); give another run_dir=..."
-        ) from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+            f"run_dir is {run_dir}, where another start has just finished the run; run again to see how"
+        )
+    for unfinished in (run_dir / "checkpoints").glob("*.tmp"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    if _checkpoints(run_dir)[-1:] != beginning.newest:
+        beginning = begin(config, "auto")
     write_aside(run_dir / "config.yaml", to_yaml(config))
-    write_aside(run_dir / "attempt", str(attempt))
+    return attempt, beginning
 
 
 def latest_checkpoint(run_dir: Path) -> tuple[Path | None, tuple[str, ...]]:
@@ -155,9 +148,10 @@ def latest_checkpoint(run_dir: Path) -> tuple[Path | None, tuple[str, ...]]:
 class Checkpoint:
     """A checkpoint being written: made aside, filled by all ranks, completed by rank 0."""
 
-    def __init__(self, run_dir: Path, step: int) -> None:
-        self.final = run_dir / "checkpoints" / f"{PREFIX}{step}"
-        self.aside = self.final.with_name(self.final.name + ".tmp")
+    def __init__(self, attempt: Attempt, step: int) -> None:
+        self.attempt = attempt
+        self.final = attempt.run_dir / "checkpoints" / f"{PREFIX}{step}"
+        self.aside = self.final.with_name(f"{self.final.name}.attempt-{attempt.number}.tmp")
 
     @property
     def actor_directory(self) -> Path:
@@ -174,9 +168,10 @@ class Checkpoint:
         """Rank 0, after every rank has written: state, manifest, the final name, and old ones forgotten."""
         (self.aside / "config.yaml").write_text(to_yaml(config))
         (self.aside / "model.json").write_text(json.dumps(dataclasses.asdict(shape)))
-        (self.aside / "trainer.json").write_text(json.dumps(trainer))
+        (self.aside / "trainer.json").write_text(json.dumps({"attempt": self.attempt.number, **trainer}))
         write_rollout_state(self.aside / ROLLOUTS, rollouts)
         write_manifest(self.aside, FORMAT)
+        self.attempt.refuse_if_fenced()
         shutil.rmtree(self.final, ignore_errors=True)
         self.aside.rename(self.final)
         for old in _checkpoints(Path(config.run_dir))[: -config.trainer.keep_last]:
@@ -213,13 +208,6 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "trainer.json").read_text())
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Write a small file so that whoever reads it sees all of it or the one before."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    aside.rename(path)
-
-
 def _checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [
@@ -243,8 +231,3 @@ def _checkpoint_at(path: Path) -> tuple[Path, tuple[str, ...]]:
     if problem := damage(checkpoint, FORMAT):
         raise InputError(f"--resume {path}: {problem}; take an earlier checkpoint")
     return checkpoint, notes
-
-
-def _next_attempt(run_dir: Path) -> int:
-    path = run_dir / "attempt"
-    return int(path.read_text()) + 1 if path.is_file() else 1

@@ -17,10 +17,11 @@ from megatron_a3po.config import Config
 from megatron_a3po.errors import A3POError, InputError
 from megatron_a3po.lifetime import StopWish
 from megatron_a3po.rollout.client import RolloutClient
+from megatron_a3po.trainer.attempt import Attempt
 from megatron_a3po.trainer.batch import Batch, batch_path, check_replayed, load_batch
 
 T = TypeVar("T")
-POLL_S = 0.2
+POLL_S = 0.5
 
 
 class Source(Protocol):
@@ -39,8 +40,8 @@ class LiveSource:
 
     publishes = True
 
-    def __init__(self, grid: Grid, client: RolloutClient | None, stop: StopWish) -> None:
-        self.grid, self.client, self.stop = grid, client, stop
+    def __init__(self, grid: Grid, client: RolloutClient | None, stop: StopWish, attempt: Attempt) -> None:
+        self.grid, self.client, self.stop, self.attempt = grid, client, stop, attempt
         self.statistics: dict[str, float] = {}  # what the rollout process said beside the latest batch
 
     def next(self, version: int) -> Batch | None:
@@ -53,6 +54,7 @@ class LiveSource:
             try:
                 rollouts = self.client.next_batch(version, timeout_s=POLL_S)
             except TimeoutError:
+                self.attempt.refuse_if_fenced()  # its servers may be another attempt's by now
                 if time.monotonic() > deadline:
                     raise
                 continue

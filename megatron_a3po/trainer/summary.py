@@ -11,7 +11,7 @@ from typing import Any
 from megatron_a3po.errors import InputError
 from megatron_a3po.trainer.json_lines import plain
 from megatron_a3po.trainer.recording import read_metrics
-from megatron_a3po.trainer.recovery import write_aside
+from megatron_a3po.weights.aside import write_aside
 
 SUMMARY = "summary.json"
 TIME = "time/"

@@ -1,13 +1,14 @@
 """One trainer rank from its first line to its exit code: join the grid, build the actor, warm up, loop, export."""
 
 import logging
-import shutil
 import sys
 import traceback
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,18 +19,25 @@ from megatron_a3po.actor.optimizer import Schedule
 from megatron_a3po.actor.reference import Reference
 from megatron_a3po.config import Config, read_model_shape
 from megatron_a3po.config.plan import plan_lines
-from megatron_a3po.errors import EXIT_DONE, EXIT_STOPPED, A3POError
+from megatron_a3po.errors import EXIT_DONE, EXIT_STOPPED, A3POError, ServersGone
 from megatron_a3po.lifetime import StopWish
 from megatron_a3po.logs import StepFilter, set_up_logs
 from megatron_a3po.rollout.client import RolloutClient
 from megatron_a3po.rollout.prompts import read_examples, tokenize
 from megatron_a3po.rollout.tokenizer import load_tokenizer
 from megatron_a3po.trainer import loop, recovery
+from megatron_a3po.trainer.attempt import Attempt
 from megatron_a3po.trainer.journal import Journal
-from megatron_a3po.trainer.loop import Progress, Run, published_weights
+from megatron_a3po.trainer.loop import (
+    Progress,
+    Run,
+    forget_published,
+    forget_published_before,
+    published_weights,
+)
 from megatron_a3po.trainer.recovery import Beginning
 from megatron_a3po.trainer.rollout_state import read_rollout_state
-from megatron_a3po.trainer.source import LiveSource, ReplaySource, from_main
+from megatron_a3po.trainer.source import LiveSource, ReplaySource, from_main, wait_on_main
 from megatron_a3po.trainer.summary import closing_lines
 from megatron_a3po.trainer.warm_start import demonstrations, warm_start
 from megatron_a3po.weights.publishing import version_directory
@@ -105,14 +113,14 @@ def _session(
 ) -> int:
     shape = read_model_shape(config.model.hf_path)
     tokenizer = load_tokenizer(config.model.hf_path)
-    attempt = beginning.attempt
     with ExitStack() as stack:
-        from_main(grid, lambda: recovery.claim(config, attempt, stack))
+        attempt, beginning = from_main(grid, partial(recovery.claim, config, beginning, stack))
+        stack.enter_context(_fenced_first(attempt))
         journal = None
         if grid.is_main:
             for note in beginning.notes:
                 logger.warning(note)
-            journal = stack.enter_context(Journal(config, attempt, tokenizer))
+            journal = stack.enter_context(Journal(config, attempt.number, tokenizer))
             journal.display.plan(plan_lines(config, shape, grid.dp.size))
         actor = Actor(
             config.actor,
@@ -129,16 +137,34 @@ def _session(
         progress, rollout_state = _restore(actor, beginning.checkpoint)
         source: LiveSource | ReplaySource
         if config.needs_rollouts:
-            client = _start_rollouts(config, actor, progress, rollout_state)
+            client = _start_rollouts(config, actor, attempt, progress, rollout_state)
             if client is not None:
-                stack.callback(shutil.rmtree, published_weights(config), ignore_errors=True)
+                stack.callback(forget_published, attempt)
                 stack.callback(client.stop)
-            source = LiveSource(grid, client, stop)
+            source = LiveSource(grid, client, stop, attempt)
         else:
             client, source = None, ReplaySource(grid, config, shape.vocab_size, stop)
         if journal is not None:
             journal.earlier_s = progress.wall_seconds
-        return _train(Run(config, actor, source, client, journal, progress, step_filter, reference))
+        run = Run(config, actor, attempt, source, client, journal, progress, step_filter, reference)
+        try:
+            return _train(run)
+        except ServersGone as error:
+            loop.save(run)
+            raise ServersGone(
+                f"{error}; stopped after step {run.progress.step} with a checkpoint: see to the servers, and run again "
+                "to continue."
+            ) from error
+
+
+@contextmanager
+def _fenced_first(attempt: Attempt) -> Iterator[None]:
+    """What goes wrong once a later start has taken the run over is that start's doing. Errors: FencedError."""
+    try:
+        yield
+    except BaseException:
+        attempt.refuse_if_fenced()
+        raise
 
 
 def _train(run: Run) -> int:
@@ -154,6 +180,7 @@ def _train(run: Run) -> int:
     loop.evaluate(run)
     export = run.run_dir / "export"
     run.actor.write_hugging_face(export, with_tokenizer=True)
+    wait_on_main(run.actor.grid, lambda timeout_s: cast(Journal, run.journal).settle(timeout_s))
     if run.journal is not None:
         run.journal.finish("done", run.progress.accuracy_before, export)
     return EXIT_DONE
@@ -193,15 +220,18 @@ def _restore(actor: Actor, checkpoint: Path | None) -> tuple[Progress, dict[str,
     if checkpoint is None:
         return Progress(), None
     actor_checkpoint.load(actor, checkpoint / "actor")
-    progress = Progress(**recovery.read_trainer_state(checkpoint))
+    counters = recovery.read_trainer_state(checkpoint)
+    del counters["attempt"]
+    progress = Progress(**counters)
     return progress, read_rollout_state(checkpoint / recovery.ROLLOUTS)
 
 
 def _start_rollouts(
-    config: Config, actor: Actor, progress: Progress, state: dict[str, Any] | None
+    config: Config, actor: Actor, attempt: Attempt, progress: Progress, state: dict[str, Any] | None
 ) -> RolloutClient | None:
     """Publish the version the run goes on from and start generating with it; the client exists on rank 0 only."""
-    directory = version_directory(published_weights(config), progress.step)
+    from_main(actor.grid, lambda: forget_published_before(attempt))
+    directory = version_directory(published_weights(attempt), progress.step)
     actor.write_hugging_face(directory)
     if not actor.grid.is_main:
         return None

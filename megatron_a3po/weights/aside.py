@@ -1,12 +1,15 @@
 """A directory written beside its final name and renamed: whoever sees the final name sees all of it.
 
-A writer that is killed leaves `<name>.tmp`, which the next one to write there removes. What is replaced steps aside as
-`<name>.old.tmp` for the moment between two renames: a writer killed in just that moment leaves no `<name>`, but the old
-contents whole under that name and the new under the other; the next one to finish there removes both.
+A writer that is killed leaves `<name>.tmp`, which the next one to write there removes. What is replaced changes places
+with it in one step of the kernel, so the name is never absent. Where the file system knows no such step, the old steps
+aside as `<name>.old.tmp` for the moment between two renames: a writer killed in just that moment leaves no `<name>`, but
+both contents whole beside it; the next one to finish there removes them.
 """
 
+import ctypes
 import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from typing import Self
 from megatron_a3po.errors import OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def aside_of(directory: Path) -> Path:
@@ -35,17 +39,46 @@ def open_aside(directory: Path) -> Path:
 
 
 def close_aside(directory: Path) -> None:
-    """Give what was written its final name, which is never that of something half removed."""
-    replaced = replaced_of(directory)
-    if directory.is_dir() and not directory.is_symlink():
+    """Give what was written its final name, which is never that of something half removed, and is never absent."""
+    aside, replaced = aside_of(directory), replaced_of(directory)
+    if not directory.is_dir() or directory.is_symlink():
+        aside.rename(directory)
+    elif _exchange(aside, directory):
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
         shutil.rmtree(replaced, ignore_errors=True)
         directory.rename(replaced)
-    aside_of(directory).rename(directory)
+        aside.rename(directory)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where this system or file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(renameat2) and renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0
+
+
+def make_durable(directory: Path) -> None:
+    """Everything under `directory`, and what its folders list, is on the disk when this returns."""
+    for folder, _, files in os.walk(directory, topdown=False):
+        for name in (*files, "."):
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def drop_aside(directory: Path) -> None:
     shutil.rmtree(aside_of(directory), ignore_errors=True)
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a small file so that whoever reads it sees all of it or the one before."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    aside.rename(path)
 
 
 @contextmanager
@@ -96,6 +129,12 @@ class WrittenFile:
     def flush(self) -> None:
         with self._named():
             self._file.flush()
+
+    def sync(self) -> None:
+        """What has been written is on the disk when this returns."""
+        with self._named():
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def tell(self) -> int:
         return self._file.tell()

@@ -16,11 +16,11 @@ from rich.table import Table
 
 from megatron_a3po.errors import EXIT_DONE, InputError
 from megatron_a3po.trainer.recording import METRICS
-from megatron_a3po.trainer.recovery import write_aside
 from megatron_a3po.trainer.report.page import page
 from megatron_a3po.trainer.report.past import Past, is_run, read_past
 from megatron_a3po.trainer.report.verdict import differing_keys, figures
 from megatron_a3po.trainer.summary import SUMMARY
+from megatron_a3po.weights.aside import write_aside
 
 PAGE = "report.html"
 PIPE_WIDTH = 240
