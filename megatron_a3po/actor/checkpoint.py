@@ -1,31 +1,37 @@
-"""Distributed checkpoints of model, optimizer and schedule through Megatron-Core's dist_checkpointing.
+"""Distributed checkpoints of model, optimizer and schedule, in the format of Megatron-Core's dist_checkpointing.
 
-Saved fully reshardable: another TP/PP/DP layout loads it, no flag to set before saving. What the trainer itself must
-remember lies beside it and is the trainer's business (`trainer/recovery.py`).
+Fully reshardable: another TP/PP/DP layout loads it, no flag to set before saving. Loading is Megatron-Core's. Saving
+has three parts: `snapshot.py` copies this rank's state, which training waits for; `write` puts it into a file, and
+`complete` says for all ranks what is where. These two may run in a thread while training goes on. What the trainer
+itself must remember lies beside it and is the trainer's business (`trainer/saving.py`).
 """
 
-import multiprocessing
+import io
+import json
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_a3po.actor.actor import Actor
 from megatron_a3po.actor.model import TargetPolicy, unwrap
 from megatron_a3po.actor.optimizer import Optimizer
+from megatron_a3po.actor.snapshot import HostMemory, Snapshot, take
 from megatron_a3po.errors import InputError
-from megatron_a3po.lifetime import be_a_servant
-from megatron_a3po.weights.megatron_checkpoint import CONTENT_METADATA, describe
-from megatron_a3po.weights.unpickling import reason, refuse_code
+from megatron_a3po.weights.aside import WrittenFile
+from megatron_a3po.weights.contents import Contents
+from megatron_a3po.weights.megatron_checkpoint import BACKENDS, CONTENT_METADATA, describe
+from megatron_a3po.weights.unpickling import COMMON_FILE, METADATA_FILE, reason, refuse_code
 
 # Given to model and optimizer alike. Source: megatron.training.checkpointing._build_sharded_state_dict_metadata.
 _METADATA = {
@@ -36,16 +42,76 @@ _METADATA = {
 }
 
 
-def save(actor: Actor, directory: Path) -> None:
-    """Write this rank's shards into `directory`, which exists and is empty. Collective over all ranks."""
-    for optimizer in _optimizer(actor).distributed_optimizers:
+@dataclass(frozen=True)
+class Written:
+    """What a rank has written: its file's name and checksum, and what is where in it."""
+
+    file: str
+    checksum: str
+    contents: Contents
+
+
+def snapshot(actor: Actor, memory: HostMemory) -> Snapshot:
+    """This rank's part of a checkpoint, as it is now. The parameters are gathered."""
+    optimizers = _optimizer(actor).distributed_optimizers
+    for optimizer in optimizers:
         _ensure_moments(optimizer)
-    with _writer_results_from_a_fork():
-        dist_checkpointing.save(
-            _sharded_state(actor, is_loading=False), str(directory), content_metadata=dict(_METADATA)
-        )
+    return take(_sharded_stages(actor.model), optimizers, memory)
+
+
+def common_state(actor: Actor) -> bytes:
+    """What is no tensor of the model and the same on all ranks: groups of parameters, step and schedule."""
+    optimizer = _optimizer(actor)
+    states = [
+        {**one.state_dict(), "param_state_sharding_type": _METADATA["distrib_optim_sharding_type"]}
+        for one in optimizer.distributed_optimizers
+    ]
+    stream = io.BytesIO()
+    torch.save(
+        {
+            "optimizer": states[0] if len(states) == 1 else dict(enumerate(states)),
+            "scheduler": optimizer.scheduler.state_dict(),
+            "content_metadata": dict(_METADATA),
+        },
+        stream,
+    )
+    return stream.getvalue()
+
+
+def write(state: Snapshot, directory: Path, rank: int) -> Written:
+    """Put a rank's part into a file of `directory`, onto the disk. Errors: OSError names the file."""
+    contents, name = Contents(), f"__{rank}_0.distcp"
+    with WrittenFile(directory / name, with_checksum=True) as file:
+        for piece in state.pieces:
+            contents.add(file, piece.key, piece.full_size, piece.offset, piece.tensor)
+        for key, value in state.objects:
+            contents.add_object(file, key, value)
+        file.sync()
+        assert file.checksum is not None
+        return Written(name, file.checksum, contents)
+
+
+def complete(
+    directory: Path, written: Sequence[Written], common: bytes, *, template: Path, layout: dict[str, Any]
+) -> dict[str, str]:
+    """Rank 0, when all parts are there: say what is where. Returns the parts' checksums by file."""
+    contents = Contents.of_all([one.contents for one in written])
+    contents.check()
+    (directory / METADATA_FILE).write_bytes(pickle.dumps(contents.metadata()))
+    (directory / COMMON_FILE).write_bytes(common)
+    (directory / "metadata.json").write_text(json.dumps(BACKENDS))
+    describe(directory, template, layout)
+    return {one.file: one.checksum for one in written}
+
+
+def save(actor: Actor, directory: Path) -> None:
+    """All of it at once, into `directory`, which exists and is empty. Collective over all ranks."""
+    part = write(snapshot(actor, HostMemory()), directory, actor.grid.world_rank)
+    parts: list[Any] = [None] * actor.grid.world_size
+    dist.all_gather_object(parts, part, group=actor.grid.host_group)
     if actor.grid.is_main:
-        describe(directory, actor.hf_path, _layout(actor))
+        complete(directory, parts, common_state(actor), template=actor.hf_path, layout=layout_of(actor))
+    dist.barrier(group=actor.grid.host_group)
 
 
 def load(actor: Actor, directory: Path) -> None:
@@ -58,7 +124,7 @@ def load(actor: Actor, directory: Path) -> None:
     for optimizer in optimizers:
         _ensure_moments(optimizer)
     with _torch_adam_step_is_carried(optimizers):
-        state = _loaded(_sharded_state(actor, is_loading=True), directory)
+        state = _loaded(_wanted_state(actor), directory)
         for key, chunk in _by_key(actor.model).items():
             chunk.load_state_dict(state[key])
         _optimizer(actor).megatron.load_state_dict(state["optimizer"])
@@ -93,12 +159,12 @@ def _loaded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     )
 
 
-def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
+def _wanted_state(actor: Actor) -> dict[str, Any]:
     optimizer = _optimizer(actor)
     state = _sharded_stages(actor.model)
     with _buckets_counted_with_padding(optimizer):
         state["optimizer"] = optimizer.megatron.sharded_state_dict(
-            state, is_loading=is_loading, metadata=dict(_METADATA)
+            state, is_loading=True, metadata=dict(_METADATA)
         )
     state["scheduler"] = optimizer.scheduler.state_dict()
     return state
@@ -114,7 +180,8 @@ def _by_key(model: Sequence[torch.nn.Module]) -> dict[str, TargetPolicy]:
     return {"model": stages[0]} if len(stages) == 1 else {f"model{i}": one for i, one in enumerate(stages)}
 
 
-def _layout(actor: Actor) -> dict[str, Any]:
+def layout_of(actor: Actor) -> dict[str, Any]:
+    """For which ranks a checkpoint is cut, and by what."""
     keys = (
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
@@ -197,16 +264,3 @@ def _give_each_parameter_its_own_step(optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
-
-
-@contextmanager
-def _writer_results_from_a_fork() -> Iterator[None]:
-    """The writer's results queue from a forked manager: a spawned one imports `__main__` again on every rank (16 s)."""
-    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(initializer=be_a_servant)
-    filesystem_async._results_queue = manager.Queue()
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = None
-        manager.shutdown()

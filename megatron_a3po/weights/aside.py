@@ -2,8 +2,8 @@
 
 A writer that is killed leaves `<name>.tmp`, which the next one to write there removes. What is replaced changes places
 with it in one step of the kernel, so the name is never absent. Where the file system knows no such step, the old steps
-aside as `<name>.old.tmp` for the moment between two renames: a writer killed in just that moment leaves no `<name>`, but
-both contents whole beside it; the next one to finish there removes them.
+aside as `<name>.old.tmp` for the moment between two renames: a writer killed in just that moment leaves no `<name>`,
+but both contents whole beside it; the next one to finish there removes them.
 """
 
 import ctypes

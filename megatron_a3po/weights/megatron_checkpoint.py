@@ -21,20 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from megatron_a3po.errors import InputError
 from megatron_a3po.weights.aside import WrittenFile, written_aside
+from megatron_a3po.weights.contents import Contents
 from megatron_a3po.weights.families import Parameter, Table
 from megatron_a3po.weights.hugging_face import copy_configuration, say_dtype
 from megatron_a3po.weights.manifest import write_manifest
@@ -44,6 +34,7 @@ FORMAT = 1
 HUGGING_FACE = "hugging_face"
 LAYOUT = "layout.json"
 
+BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 # How tensors are named and cut; Megatron-Core keeps the same with every checkpoint it writes for us.
 CONTENT_METADATA = {"non_homogeneous_layers": True, "singleton_local_shards": False}
 
@@ -109,7 +100,7 @@ def write_megatron_checkpoint(
     if dtype is None:
         _refuse_mixed(source, table)
     with written_aside(directory) as aside:
-        contents, checksums = _Contents(), {}
+        contents, checksums = Contents(), {}
         for rank in range(ranks.world_size):
             name = f"__{rank}_0.distcp"
             with WrittenFile(aside / name, with_checksum=True) as file:
@@ -120,8 +111,7 @@ def write_megatron_checkpoint(
                 checksums[name] = file.checksum
         (aside / ".metadata").write_bytes(pickle.dumps(contents.metadata()))
         torch.save({"content_metadata": CONTENT_METADATA}, aside / "common.pt")
-        backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-        (aside / "metadata.json").write_text(json.dumps(backends))
+        (aside / "metadata.json").write_text(json.dumps(BACKENDS))
         describe(aside, template, asdict(ranks))
         say_dtype(aside / HUGGING_FACE / "config.json", contents.sizes())
         write_manifest(aside, FORMAT, checksums)
@@ -220,50 +210,6 @@ def _size(parameter: Parameter, layout: Layout) -> tuple[int, ...]:
     return tuple(parameter.operation.shard(sources, layout).shape)
 
 
-class _Contents:
-    """What has been written and where: torch's metadata in the making."""
-
-    def __init__(self) -> None:
-        self._tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-        self._places: dict[MetadataIndex, _StorageInfo] = {}
-
-    def add(
-        self, file: WrittenFile, key: str, full_size: tuple[int, ...], offset: tuple[int, ...], chunk: Tensor
-    ) -> None:
-        described = self._tensors.setdefault(
-            key, TensorStorageMetadata(TensorProperties(chunk.dtype), torch.Size(full_size), [])
-        )
-        assert isinstance(described, TensorStorageMetadata)
-        described.chunks.append(ChunkStorageMetadata(torch.Size(offset), chunk.shape))
-        self._places[MetadataIndex(key, offset)] = _append(file, chunk)
-
-    def add_object(self, file: WrittenFile, key: str, value: Any) -> None:
-        self._tensors[key] = BytesStorageMetadata()
-        self._places[MetadataIndex(key)] = _append(file, value)
-
-    def sizes(self) -> Iterator[tuple[torch.dtype, int]]:
-        """Of every tensor, its precision and bytes."""
-        for one in self._tensors.values():
-            if isinstance(one, TensorStorageMetadata):
-                yield one.properties.dtype, one.size.numel() * one.properties.dtype.itemsize
-
-    def metadata(self) -> Metadata:
-        return Metadata(
-            self._tensors, storage_data=self._places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION
-        )
-
-
-def _append(file: WrittenFile, value: Any) -> _StorageInfo:
-    start = file.tell()
-    try:
-        torch.save(value, file)  # pyright: ignore[reportArgumentType]
-    except RuntimeError as error:  # torch's own, about the archive that could not be ended
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__ from None
-        raise file.failure or RuntimeError(f"{file.path} could not be written") from None
-    return _StorageInfo(file.path.name, start, file.tell() - start)
-
-
 def _write_parameter(
     parameter: Parameter,
     rank: int,
@@ -271,7 +217,7 @@ def _write_parameter(
     source: Mapping[str, SliceReader],
     dtype: torch.dtype | None,
     file: WrittenFile,
-    contents: _Contents,
+    contents: Contents,
 ) -> int:
     """The number of elements written."""
     tp_rank, _, _ = split.ranks.place(rank)

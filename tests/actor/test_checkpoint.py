@@ -1,10 +1,14 @@
 """A checkpoint goes on in another layout: the same weights to the bit, the same next step to rounding, moments too."""
 
+import multiprocessing
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file
 
 from megatron_a3po.actor import checkpoint
@@ -13,6 +17,7 @@ from megatron_a3po.actor.optimizer import Schedule
 from megatron_a3po.vocab_parallel.policy_objective import supervised_objective
 from tests.actor.ranks import on_actors, random_sequences
 from tests.actor.replay import VOCAB_SIZE
+from tests.trainer.checkpoints import read_plain, read_tensors
 
 SAVED: dict[str, Any] = {"tp": 2, "pp": 2}
 RESUMED: dict[str, dict[str, Any]] = {
@@ -83,3 +88,50 @@ def test_another_layout_goes_on_from_a_checkpoint(
         print(f"{name}: {distance:.1e}, of a way of {moved:.1e}")
         assert distance < 1e-5
         assert moved > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("embedding", "layout"),
+    [("tied_model", {"tp": 2, "dp": 2}), ("model", {"pp": 2, "dp": 2}), ("tied_model", {"pp": 2, "dp": 2})],
+)
+def test_it_holds_what_megatron_core_would_have_saved(
+    request: pytest.FixtureRequest, tmp_path: Path, embedding: str, layout: dict[str, Any]
+):
+    model: Path = request.getfixturevalue(embedding)
+    own, theirs = tmp_path / "own", tmp_path / "theirs"
+    own.mkdir()
+    theirs.mkdir()
+
+    def save(actor: Actor) -> None:
+        start(actor)
+        for step in (1, 2):
+            train(actor, step)
+        checkpoint.save(actor, own)
+        save_by_megatron_core(actor, theirs)
+
+    on_actors(save, model, **layout)
+    mine, wanted = read_tensors(own), read_tensors(theirs)
+    assert mine.keys() == wanted.keys()
+    assert not [name for name in wanted if not torch.equal(mine[name], wanted[name])]
+    assert {name.split(".")[2] for name in mine if name.startswith("optimizer.")} == {
+        "param",
+        "exp_avg",
+        "exp_avg_sq",
+    }
+    assert read_plain(own) == read_plain(theirs)
+
+
+def save_by_megatron_core(actor: Actor, directory: Path) -> None:
+    """Its own writer, which gathers the optimizer's shards over the data axis first."""
+    optimizer = checkpoint._optimizer(actor)
+    state = checkpoint._sharded_stages(actor.model)
+    with checkpoint._buckets_counted_with_padding(optimizer):
+        state["optimizer"] = optimizer.megatron.sharded_state_dict(
+            state, is_loading=False, metadata=dict(checkpoint._METADATA)
+        )
+    state["scheduler"] = optimizer.scheduler.state_dict()
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))  # a spawned one imports everything again
+    manager.start()
+    filesystem_async._results_queue = manager.Queue()
+    dist_checkpointing.save(state, str(directory), content_metadata=dict(checkpoint._METADATA))
+    manager.shutdown()
