@@ -8,7 +8,6 @@ Servers and updates are in `rollout/vllm/`, which version is served when in `rol
 """
 
 import asyncio
-import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -23,7 +22,8 @@ from megatron_a3po.errors import RolloutError
 from megatron_a3po.rollout.engines.base import Sample, SampleRequest
 from megatron_a3po.rollout.trajectory import FinishReason
 from megatron_a3po.rollout.vllm.fleet import Fleet
-from megatron_a3po.rollout.vllm.places import GivenPlace, Launch, LaunchedPlace, Place, new_token_file
+from megatron_a3po.rollout.vllm.places import GivenPlace, LaunchedPlace, Place, new_token_file
+from megatron_a3po.rollout.vllm.recipe import launch_of
 from megatron_a3po.rollout.vllm.registrations import Registrations
 from megatron_a3po.rollout.vllm.server import Server
 from megatron_a3po.rollout.vllm.wire import Segment, ServerError, generate_body
@@ -183,7 +183,7 @@ def create_vllm_engine(config: Config, run_dir: Path, directory: Path, version: 
     rollout = config.rollout
     max_tokens = config.data.max_prompt_tokens + rollout.max_response_tokens
 
-    find_places = find_launched_or_given(config, run_dir, max_tokens)
+    find_places = find_launched_or_given(config, run_dir)
     fleet = Fleet(find_places, version, directory, max_tokens=max_tokens, timeout_s=rollout.timeout_s)
     return VllmEngine(
         fleet,
@@ -195,9 +195,7 @@ def create_vllm_engine(config: Config, run_dir: Path, directory: Path, version: 
     )
 
 
-def find_launched_or_given(
-    config: Config, run_dir: Path, max_tokens: int
-) -> Callable[[], Awaitable[Sequence[Place]]]:
+def find_launched_or_given(config: Config, run_dir: Path) -> Callable[[], Awaitable[Sequence[Place]]]:
     """How the fleet learns of its places: only `rollout.servers_file` may name others later."""
     rollout = config.rollout
     token = (
@@ -210,7 +208,7 @@ def find_launched_or_given(
     if rollout.servers_file is not None:
         return Registrations(Path(rollout.servers_file), connect_with_token, rollout.timeout_s).find
     places: Sequence[Place] = (
-        launched_places(config, run_dir, max_tokens)
+        launched_places(config, run_dir)
         if rollout.launch is not None
         else [GivenPlace(url, connect_with_token, rollout.timeout_s) for url in rollout.servers or ()]
     )
@@ -226,23 +224,11 @@ def connect(config: Config, url: str, token: str | None) -> Server:
     return Server(url, token=token, on_update=rollout.update_mode, timeout_s=rollout.timeout_s)
 
 
-def launched_places(config: Config, run_dir: Path, max_tokens: int) -> list[Place]:
+def launched_places(config: Config, run_dir: Path) -> list[Place]:
     rollout = config.rollout
     assert rollout.launch is not None
     token_file = run_dir / "vllm.token"
     token = new_token_file(token_file)
-    on_cpu = not torch.cuda.is_available()
-    launch = Launch(
-        python=rollout.vllm_python or sys.executable,
-        model_dir=Path(config.model.hf_path),
-        dtype="float32" if on_cpu or not config.actor.bf16 else "bfloat16",
-        max_tokens=max_tokens,
-        max_samples=max(1, -(-rollout.max_concurrent_samples // rollout.launch)),
-        seed=config.trainer.seed,
-        num_threads=rollout.num_threads,
-        token_file=token_file,
-        timeout_s=rollout.timeout_s,
-        on_cpu=on_cpu,
-    )
+    launch = launch_of(config, token_file, rollout.launch, on_cpu=not torch.cuda.is_available())
     logs = (run_dir / "logs" / f"vllm-{number}.log" for number in range(rollout.launch))
     return [LaunchedPlace(launch, log, lambda url: connect(config, url, token)) for log in logs]

@@ -81,7 +81,7 @@ class GivenPlace:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launched server is started with."""
+    """What a server is started with: one launched here, or by its recipe elsewhere."""
 
     python: str
     model_dir: Path
@@ -95,12 +95,13 @@ class Launch:
     on_cpu: bool
 
     def command(self, port: int) -> list[str]:
+        return [self.python, "-m", "a3po_vllm", "--host", LOCALHOST, "--port", str(port), *self.arguments()]
+
+    def arguments(self) -> list[str]:
         """The weights come with the first update, so that none are read here: a run may start from random ones."""
         arguments = {
-            "--model": str(self.model_dir),
+            "--model": str(self.model_dir.resolve()),
             "--load-format": "dummy",
-            "--host": LOCALHOST,
-            "--port": str(port),
             "--dtype": self.dtype,
             "--max-model-len": str(self.max_tokens),
             "--max-num-seqs": str(self.max_samples),
@@ -114,9 +115,12 @@ class Launch:
         if self.on_cpu:
             flags.append("--enforce-eager")
         pairs = [part for pair in arguments.items() for part in pair]
-        return [self.python, "-m", "a3po_vllm", *pairs, *flags]
+        return [*pairs, *flags]
 
     def environment(self) -> dict[str, str]:
+        return child_environment(**self.variables())
+
+    def variables(self) -> dict[str, str]:
         """Its interpreter is another than ours, so it finds the plugin on the path and nothing else."""
         changes = {
             "PYTHONPATH": str(PLUGIN),
@@ -128,7 +132,7 @@ class Launch:
         }
         if self.on_cpu:
             changes |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        return child_environment(**changes)
+        return changes
 
 
 class LaunchedPlace:
