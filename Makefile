@@ -19,7 +19,7 @@ NEWEST_TESTS = tests/actor tests/weights tests/vocab_parallel tests/distributed 
 	tests/tools/test_convert_checkpoint.py tests/tools/test_convert_refusals.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm quickstart quickstart-vllm test test-slow test-newest check format gpu-check
+.PHONY: help install install-vllm quickstart quickstart-vllm reproduce test test-slow test-newest check format gpu-check
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -44,6 +44,10 @@ quickstart-vllm: $(VENV)/.installed $(VENV_VLLM)/.installed ## the quickstart wi
 	$(BIN)/python examples/quickstart/prepare.py
 	$(BIN)/python -m megatron_a3po train examples/quickstart/config.yaml rollout.engine=vllm rollout.launch=1 \
 	    rollout.vllm_python=$(VENV_VLLM)/bin/python run_dir=runs/quickstart-vllm $(ARGS)
+
+reproduce: $(VENV)/.installed ## the comparison behind A-3PO: each method at several ages of its samples; an hour on two cores
+	$(BIN)/python examples/quickstart/prepare.py
+	PYTHONPATH=. $(BIN)/python tools/reproduce.py examples/reproduce/config.yaml --out runs/reproduce $(ARGS)
 
 test: $(VENV)/.installed ## every test this machine can run; lists what it had to leave out
 	$(BIN)/python -m pytest $(ARGS)

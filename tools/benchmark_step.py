@@ -5,6 +5,7 @@ disturbs the machine disturbs all alike; ratios are medians over rounds of times
 processor time over all ranks, which a busy machine disturbs less. Besides them run
 
     dense logits    `loglinear` with dense logits of all rows, Megatron-Core's cross-entropy and autograd for the loss
+    proximal policy the interpolation of all trained tokens, by itself: what `loglinear` adds to a step
     one forward     scoring the whole batch: what a step of forced recompute should cost more than `loglinear`
     bare            forward-backward and optimizer of the same packs by Megatron-Core's own calls: what is not
                     this is the loop's overhead (align, packing, the finiteness check, metrics)
@@ -30,9 +31,11 @@ import torch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about what is not installed; `doctor` tells that in words
-    from step_cases import DENSE, LOGLINEAR, PARTS, Benchmark, Row, actor_section
+    from step_cases import DENSE, FORCED, FORWARD, LOGLINEAR, PARTS, PROXIMAL, Benchmark, Row, actor_section
 
     from megatron_a3po.actor.grid import build_grid, leave_grid
+
+AIM_PERCENT = 0.1  # of a step, for the proximal policy as arithmetic
 
 
 def main() -> int:
@@ -46,6 +49,7 @@ def main() -> int:
     print(_heading(arguments))
     for table in (*_tables(rows), _memory_table(rows, arguments.memory_gb)):
         print(f"\n{table}")
+    print("\n" + "\n".join(_headlines(rows)))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
@@ -107,6 +111,24 @@ def _tables(rows: list[Row]) -> Iterator[str]:
             cells = [row["implementation"], f"{row['seconds']:.3f}", *known, *seconds, stages]
             lines.append(f"| {' | '.join(cells)} |")
         yield "\n".join(lines)
+
+
+def _headlines(rows: list[Row]) -> Iterator[str]:
+    """What the proximal policy costs as arithmetic, and as a forward pass: measured, and predicted from one forward."""
+    cases = dict.fromkeys(row["case"] for row in rows if row["implementation"] == FORCED)
+    for case in cases:
+        found = {row["implementation"]: row for row in rows if row["case"] == case}
+        share, step = 100 * found[PROXIMAL]["ratio"], found[LOGLINEAR]["seconds"]
+        yield (
+            f"{case}: the proximal policy of loglinear takes {1000 * found[PROXIMAL]['seconds']:.2f} ms, "
+            f"{share:.3f}% of a step (aim: below {AIM_PERCENT}%)"
+        )
+        passes = found[FORCED]["forwards_per_token"] - found[LOGLINEAR]["forwards_per_token"]
+        measured, predicted = found[FORCED]["ratio"] - 1, passes * found[FORWARD]["ratio"]
+        yield (
+            f"{case}: forced recompute costs {measured * step:.3f} s of a step more, {100 * measured:.1f}%; "
+            f"{passes:g} forward predicts {predicted * step:.3f} s, {100 * predicted:.1f}%"
+        )
 
 
 def _memory_table(rows: list[Row], memory_gb: float) -> str:

@@ -32,16 +32,18 @@ with warnings.catch_warnings():
     from megatron_a3po.actor.optimizer import Schedule
     from megatron_a3po.actor.packing import MicroBatch
     from megatron_a3po.actor.pipeline import Pipeline
+    from megatron_a3po.algorithm.proximal import interpolate
     from megatron_a3po.trainer.batch import align
     from megatron_a3po.trainer.clock import Clock
     from megatron_a3po.trainer.method import Method
     from megatron_a3po.trainer.step import train_step
 
-LOGLINEAR, DENSE, BARE, FORWARD = "loglinear", "loglinear, dense logits", "bare", "one forward"
+LOGLINEAR, FORCED, DENSE, BARE = "loglinear", "forced recompute", "loglinear, dense logits", "bare"
+FORWARD, PROXIMAL = "one forward", "proximal policy"
 METHODS = {
     LOGLINEAR: {"prox_logp_method": "loglinear"},
     "recompute": {"prox_logp_method": "recompute"},
-    "forced recompute": {"prox_logp_method": "recompute", "recompute_every_token": True},
+    FORCED: {"prox_logp_method": "recompute", "recompute_every_token": True},
     DENSE: {"prox_logp_method": "loglinear"},
 }
 PARTS = ("align", "proximal_pass", "forward_backward", "optimizer", "metrics")
@@ -143,6 +145,7 @@ class Benchmark:
         method = Method.of(sections[LOGLINEAR])
         return steps | {
             FORWARD: Measurement(self._forward(packs), self.layer),
+            PROXIMAL: Measurement(self._proximal(packs), self.layer),
             BARE: Measurement(self._bare(packs, method), self.layer),
         }
 
@@ -161,6 +164,18 @@ class Benchmark:
             with clock("proximal_pass"):
                 for pack in packs:
                     self.actor.score(pack)
+            return {}
+
+        return run
+
+    def _proximal(self, packs: list[list[MicroBatch]]) -> Callable[[Clock], dict[str, float]]:
+        """What `loglinear` adds to a step: the interpolation of every trained token, and nothing else."""
+        fields = [micro_batch.fields for pack in packs for micro_batch in pack]
+
+        def run(clock: Clock) -> dict[str, float]:
+            with clock("proximal_pass"):
+                for each in fields:
+                    interpolate(each.behave_logp, each.behave_logp, each.staleness, "loglinear")
             return {}
 
         return run
@@ -248,9 +263,9 @@ class Benchmark:
         forward = ratio(found[FORWARD].rounds, found[LOGLINEAR].rounds)
         cpu_forward = ratio(found[FORWARD].cpu_rounds, found[LOGLINEAR].cpu_rounds)
         rows = []
-        for name in (*METHODS, FORWARD):
+        for name in (*METHODS, FORWARD, PROXIMAL):
             row = _row(base, name, found[name], found[LOGLINEAR])
-            passes = None if name == DENSE else row["forwards_per_token"]
+            passes = None if name in (DENSE, PROXIMAL) else row["forwards_per_token"]
             # Every forward beyond the first is one of scoring, of as many tokens.
             row["predicted_ratio"] = None if passes is None else 1 + (passes - 1) * forward
             row["predicted_cpu_ratio"] = None if passes is None else 1 + (passes - 1) * cpu_forward

@@ -37,10 +37,13 @@ def test_every_case_has_its_rows(layout: tuple[str, ...], tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert "the loop's overhead" in done.stdout
+    for said in ("the proximal policy of loglinear takes", "1 forward predicts"):
+        assert done.stdout.count(said) == 2, done.stdout
     rows = json.loads((tmp_path / "rows.json").read_text())
     for case, passes in (("1 mini-batch", [1, 1, 2]), ("2 mini-batches", [1, 1.5, 2])):
         found = {row["implementation"]: row for row in rows if row["case"] == case}
-        assert list(found) == [*STEPS, DENSE, "one forward"]
+        assert list(found) == [*STEPS, DENSE, "one forward", "proximal policy"]
+        assert found["proximal policy"]["seconds"] < found["one forward"]["seconds"]
         assert found[DENSE]["forwards_per_token"] == 1
         assert found["loglinear"]["ratio"] == 1
         measured = [found[step]["forwards_per_token"] for step in STEPS]

@@ -1,0 +1,165 @@
+"""The experiment at a toy size: stopped, continued, and what it writes. And its figures on rows made by hand."""
+
+import csv
+import importlib
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.run_files import write_rows
+from tests.trainer.command import ROOT, Command, spawn
+from tests.trainer.replay import write_tiny_model
+
+STEPS = 3
+METHODS, STALENESS = ("loglinear", "recompute"), (0, 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tools() -> None:
+    """The tools import each other as programs in one folder do."""
+    sys.path.append(str(ROOT / "tools"))
+
+
+def write_task(folder: Path) -> Path:
+    """A model, sums to do and a configuration with a warm start."""
+    write_tiny_model(folder / "model")
+    sums = [{"prompt": f"{i}+{j}=", "answer": str(i + j)} for i in range(9) for j in range(9)]
+    sums = [{**row, "response": f"{row['answer']} :{row['answer']}"} for row in sums]
+    write_rows(folder / "train.jsonl", sums[:-8])
+    write_rows(folder / "held_out.jsonl", sums[-8:])
+    sections = {
+        "model": {"hf_path": f"{folder}/model"},
+        "data": {
+            "train": f"{folder}/train.jsonl",
+            "held_out": f"{folder}/held_out.jsonl",
+            "max_prompt_tokens": 16,
+        },
+        "reward": {"type": "function", "path": "tests.trainer.rewards:any_response"},
+        "warm_start": {"steps": 2, "batch_size": 4, "lr_warmup_iters": 1},
+        "actor": {"lr": 1e-3, "lr_warmup_iters": 2, "max_tokens_per_micro_batch": 512},
+        "rollout": {"samples_per_prompt": 2, "max_response_tokens": 12},
+        "trainer": {"steps": 50, "prompts_per_step": 4},
+    }
+    config = folder / "task.yaml"
+    config.write_text(yaml.safe_dump(sections))
+    return config
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods at two staleness with one seed, stopped in the second run and continued."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    config = write_task(folder)
+    out = folder / "out"
+
+    def start(*more: str) -> Command:
+        argv = [str(config), "--out", str(out), "--seeds", "1", "--steps", str(STEPS), *more]
+        return spawn(folder, *argv, program=("tools/reproduce.py",))
+
+    grid = ["--methods", *METHODS, "--staleness", *map(str, STALENESS), "--mini-batches", "2"]
+    first, second = (out / "cells" / f"{method}-d0-m2-s1" for method in METHODS)
+    running = start(*grid)
+    running.wait_for(lambda: (second / "cell.json").is_file())
+    running.signal(signal.SIGTERM)
+    stopped = running.wait()
+    assert stopped.code == 75, stopped.output
+    assert "stopped in recompute-d0-m2-s1: the same command goes on from here" in stopped.output
+    kept = {path: path.read_bytes() for path in (first / "metrics.jsonl", out / "start/metrics.jsonl")}
+    ended = start(*grid).wait()
+    assert ended.code == 0, ended.output
+    assert f"{out / 'cells' / 'metrics-d1-m2-s1'}" not in ended.output  # a run speaks into its log
+    assert {path: path.read_bytes() for path in kept} == kept  # done is not done again
+    return out
+
+
+def test_every_cell_ran_as_it_says(out: Path) -> None:
+    wanted = {f"{method}-d{d}-m2-s1" for method in (*METHODS, "metrics") for d in STALENESS}
+    assert {path.name for path in (out / "cells").iterdir()} == wanted | {"forced-d1-m2-s1"}
+    for directory in (out / "cells").iterdir():
+        config = yaml.safe_load((directory / "config.yaml").read_text())
+        assert config["model"]["hf_path"] == str(out / "start/reference")
+        assert config["warm_start"] is None
+        assert (
+            f"d{config['rollout']['fixed_staleness']}-m{config['actor']['num_mini_batches']}"
+            in directory.name
+        )
+        rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        staleness = config["rollout"]["fixed_staleness"]
+        assert [row["staleness/max"] for row in rows[-STEPS:]] == [min(v, staleness) for v in range(STEPS)]
+
+
+def test_the_tables_and_the_rows_are_those_of_the_runs(out: Path) -> None:
+    rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())}
+    assert len(rows) == 7
+    assert {row["name"] for row in csv.DictReader((out / "results.csv").open())} == set(rows)
+    # One checkpoint for all: the first step's samples are of the same weights, whatever the method.
+    assert len({row["accuracy_before"] for row in rows.values()}) == 1
+    assert rows["loglinear-d1-m2-s1"]["forwards_per_token"] == 1
+    assert 1.2 < rows["recompute-d1-m2-s1"]["forwards_per_token"] < 1.8
+    assert rows["forced-d1-m2-s1"]["forwards_per_token"] == 2
+    # Forced recompute trains as recompute does, and so does `metrics`.
+    for name in ("reward", "accuracy", "entropy", "importance_weight_max", "clipped_tokens"):
+        found = {rows[f"{method}-d1-m2-s1"][name] for method in ("recompute", "forced", "metrics")}
+        assert len(found) == 1, name
+    errors = rows["metrics-d1-m2-s1"]
+    assert errors["loglinear/abs_error"] == errors["rollout/abs_error"] > 0  # the three are one at d = 1
+    assert "loglinear/abs_error" not in rows["loglinear-d1-m2-s1"]
+
+    text = (out / "results.md").read_text()
+    for title in ("Learning", "Trust region", "Time"):
+        assert f"## {title}, 2 mini-batches" in text
+    assert "## Approximation errors" in text
+    assert "| 1 | forced recompute | 1 |" in text
+    assert text.count("*published: recompute*") == 3
+    assert (out / "report.html").is_file()
+    for plot in ("curves-m2", "errors"):
+        assert f"]({plot}.png)" in text
+        assert (out / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_default_grid_is_what_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = importlib.import_module("reproduce_cells")
+    found = cells.grid(cells.COMPARED, (0, 2, 8), (), (4,), (1, 2, 3), 60)
+    assert len(found) == len({cell.name for cell in found}) == 4 * 3 * 3 + 3 + 1
+    assert [cell.seed for cell in found[:-1]] == sorted(cell.seed for cell in found[:-1])
+    assert {(cell.method, cell.seed) for cell in found if cell.method in ("metrics", "forced")} == {
+        ("metrics", 1),
+        ("forced", 1),
+    }
+    gain = cells.gain_grid("loglinear", (1, 2, 4, 8), 1, 1, 30)
+    assert len({cell.name for cell in gain}) == 1 + 4 * 3
+    assert "rollout.max_staleness=0" in gain[0].overrides()
+    assert all("rollout.filter_no_signal=false" in cell.overrides() for cell in gain)
+
+
+def row_by_hand(**changes: Any) -> dict[str, Any]:
+    cell = {"method": "loglinear", "mode": "fixed", "staleness": 8, "mini_batches": 4, "seed": 1, "steps": 60}
+    cell |= {"policy": "wait", "gain": False}
+    return {**cell, "name": "x", "step_s": 1.0, "wait_for_samples_s": 0.2, "proximal_pass_s": 0.0,
+            "forward_backward_s": 0.5, "optimizer_s": 0.1, "clip_ratio": 0.01, "trainer_idle": 0.2,
+            "generator_idle": 0.5, **changes}  # fmt: skip
+
+
+def test_mean_and_spread_over_seeds_and_the_published_figures() -> None:
+    tables = importlib.import_module("reproduce_tables")
+    rows = [row_by_hand(seed=seed, reward=reward) for seed, reward in ((1, 0.4), (2, 0.5), (3, 0.6))]
+    found = dict(tables.tables(rows))
+    lines = found["Learning, 4 mini-batches"].splitlines()
+    assert lines[2].startswith("| 8 | loglinear | 3 | 0.500 ± 0.100 |")
+    assert lines[3].startswith("| 8 | *published: loglinear* |  | 0.937 | 0.799 | 0.084 |")
+    time = found["Time, 4 mini-batches"].splitlines()[2]
+    assert time.endswith("| 0.200 ± 0.000 | 0.200 ± 0.000 |  |")  # waiting, the rest: 1 - 0.5 - 0.1 - 0.2
+
+
+def test_the_asynchronous_gain_is_against_the_synchronous_run() -> None:
+    tables = importlib.import_module("reproduce_tables")
+    synchronous = row_by_hand(gain=True, mode="bound", staleness=0, samples_s=30.0)
+    asynchronous = row_by_hand(gain=True, mode="bound", staleness=2, policy="drop", samples_s=20.0)
+    lines = dict(tables.tables([asynchronous, synchronous]))["Asynchronous gain"].splitlines()
+    assert lines[2].startswith("| synchronous |  | 30.0 | 1.00 | 20 | 50 |")
+    assert lines[3].startswith("| bound 2 | drop | 20.0 | 1.50 | 20 | 50 |")

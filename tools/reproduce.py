@@ -1,0 +1,279 @@
+"""The comparison behind A-3PO in one command: the same task under each method and staleness, from one warm start.
+
+    tools/reproduce.py CONFIG --out DIR                  loglinear, linear, recompute, coupled at staleness 0, 2, 8
+    tools/reproduce.py CONFIG --out DIR --full           every staleness, free-running too, 1 and 4 mini-batches
+    tools/reproduce.py CONFIG --out DIR --asynchronous   synchronous against asynchronous, under each policy
+
+One run at a time, each with the `train` command. Stopped, it is continued by the same command: what is done is not done
+again. DIR gets results.md, results.json and .csv, plots, and report.html, of all finished runs in it, those of
+earlier calls too. The warm start of CONFIG runs once; without one every run starts from the checkpoint CONFIG names.
+"""
+
+import argparse
+import contextlib
+import datetime
+import io
+import os
+import platform
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from megatron_a3po.__main__ import main as megatron_a3po
+from megatron_a3po.config import Config, load_config
+from megatron_a3po.environment import set_default
+from megatron_a3po.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_NEEDS_PERSON,
+    EXIT_STOPPED,
+    A3POError,
+)
+from megatron_a3po.lifetime import StopWish
+
+set_default("OMP_NUM_THREADS", "1")  # of every run: forks find torch imported
+from reproduce_cells import (  # noqa: E402
+    COMPARED,
+    Cell,
+    Cells,
+    gain_grid,
+    grid,
+    last_words,
+    run_command,
+)
+from reproduce_results import read_results, write_rows  # noqa: E402
+from reproduce_tables import tables  # noqa: E402
+
+from megatron_a3po.trainer.recovery import write_aside  # noqa: E402
+from megatron_a3po.trainer.summary import duration, read_summary  # noqa: E402
+
+FULL_STALENESS = (0, 1, 2, 4, 8, 16)
+FULL_BOUNDS = (1, 2, 4, 8)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    stop = StopWish.listening()
+    try:
+        config = load_config(arguments.config)
+        cells = planned(arguments, config)
+        code = EXIT_DONE if arguments.tables_only else run(arguments, config, cells, stop)
+    except A3POError as error:
+        sys.stderr.write("".join(f"{problem}\n" for problem in error.problems))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    write_results(arguments)
+    return code
+
+
+def planned(arguments: argparse.Namespace, config: Config) -> list[Cell]:
+    """The cells the command line asks for."""
+    steps = arguments.steps or config.trainer.steps
+    cells: list[Cell] = []
+    if arguments.full or not arguments.asynchronous:
+        cells += grid(
+            arguments.methods,
+            arguments.staleness or (FULL_STALENESS if arguments.full else (0, 2, 8)),
+            arguments.free or (FULL_BOUNDS if arguments.full else ()),
+            arguments.mini_batches or ((1, 4) if arguments.full else (4,)),
+            arguments.seeds,
+            steps,
+        )
+    if arguments.full or arguments.asynchronous:
+        m = config.actor.num_mini_batches
+        cells += gain_grid("loglinear", arguments.bounds, m, arguments.seeds[0], steps)
+    return cells
+
+
+def run(arguments: argparse.Namespace, config: Config, planned: list[Cell], stop: StopWish) -> int:
+    """Every cell that is not done; the exit code of the whole."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about what is not installed; `doctor` tells that in words
+        import megatron_a3po.trainer.worker  # noqa: F401  imported once, for all forks
+    out, shown = arguments.out, Shown(sum(cell.steps for cell in planned), len(planned))
+    with shown:
+        start = shared_start(arguments, config, stop, shown)
+        if isinstance(start, int):
+            return start
+        cells = Cells(out, arguments.config, start, lambda: stop.wished)
+        shown.begin()
+        failed: list[Cell] = []
+        for cell in planned:
+            if cells.done(cell):
+                shown.skip(cell)
+                continue
+            code = cells.run(cell, lambda steps, cell=cell: shown.at(cell, steps))
+            if code == EXIT_DONE:
+                shown.finished(cell, cells.directory(cell))
+                continue
+            if stop.wished or code in (EXIT_STOPPED, EXIT_INTERRUPTED):
+                shown.say(f"stopped in {cell.name}: the same command goes on from here")
+                return EXIT_STOPPED
+            shown.say(f"{cell.name} ended with code {code}:\n{last_words(out / 'logs' / f'{cell.name}.log')}")
+            if code == EXIT_BAD_INPUT:
+                return code
+            failed.append(cell)
+    if failed:
+        print(f"failed, and not in the tables: {', '.join(cell.name for cell in failed)}", file=sys.stderr)
+    return EXIT_NEEDS_PERSON if failed else EXIT_DONE
+
+
+def shared_start(
+    arguments: argparse.Namespace, config: Config, stop: StopWish, shown: "Shown"
+) -> Path | int | None:
+    """The checkpoint all cells start from, made once; None: the one the configuration names. An int is the exit code of
+    a warm start that did not end.
+
+    A run with a KL term keeps the policy its RL steps begin with as a Hugging Face checkpoint, reference/: the shared
+    start is that of a run of one step.
+    """
+    if config.warm_start is None:
+        return None
+    run_dir = arguments.out / "start"
+    if not (run_dir / "summary.json").is_file():
+        shown.say(f"the shared warm start, {config.warm_start.steps} steps")
+        log = arguments.out / "logs" / "start.log"
+        keys = ["trainer.steps=1", "actor.lr_warmup_iters=0", "actor.kl_coef=1e-6"]
+        argv = ["train", arguments.config, f"run_dir={run_dir}", *keys]
+        code = run_command(argv, log, lambda: stop.wished, lambda: None)
+        if code != EXIT_DONE:
+            shown.say(f"the warm start ended with code {code}:\n{last_words(log)}")
+            return code if code > 0 else EXIT_NEEDS_PERSON
+    return run_dir / "reference"
+
+
+class Shown:
+    """The progress: a bar on a terminal, a line a run elsewhere. It has no thread, which a fork would not survive."""
+
+    def __init__(self, total_steps: int, total_cells: int) -> None:
+        self._console = Console(file=sys.stderr)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(40),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self._console,
+            auto_refresh=False,
+        )
+        self._task = self._bar.add_task("", total=total_steps, left="")
+        self._total, self._total_cells = total_steps, total_cells
+        self._cells = self._skipped = self._done = 0
+        self._started = time.monotonic()
+
+    def begin(self) -> None:
+        """From here on time counts for what is left."""
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "Shown":
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def at(self, cell: Cell, steps: int) -> None:
+        """Cell `cell` has taken so many steps."""
+        if self._console.is_terminal:
+            self._update(cell.name, self._skipped + self._done + min(steps, cell.steps))
+
+    def skip(self, cell: Cell) -> None:
+        self._cells += 1
+        self._skipped += cell.steps
+
+    def finished(self, cell: Cell, run_dir: Path) -> None:
+        self._cells += 1
+        self._done += cell.steps
+        summary = read_summary(run_dir) or {}
+        accuracy = summary.get("accuracy_after")
+        reached = "" if accuracy is None else f", accuracy {accuracy:.3f}"
+        seconds = duration(summary.get("wall_seconds", 0.0))
+        self.say(f"{self._cells}/{self._total_cells} {cell.name}: {seconds}{reached}; {self._left()}")
+
+    def _left(self) -> str:
+        """By what the runs of this call took, their starts included."""
+        rest = self._total - self._skipped - self._done
+        if not rest or not self._done:
+            return "" if rest else "done"
+        return f"{duration(rest * (time.monotonic() - self._started) / self._done)} to go"
+
+    def _update(self, name: str, steps: int) -> None:
+        self._bar.update(self._task, description=name, completed=steps, left=self._left())
+        self._bar.refresh()
+
+
+def write_results(arguments: argparse.Namespace) -> None:
+    """Tables, rows for programs, plots and the page of figures, of every finished run under the folder."""
+    out = arguments.out
+    if not (rows := read_results(out)):
+        return
+    from reproduce_plots import draw
+
+    write_rows(rows, out / "results.json", out / "results.csv")
+    plots = draw(rows, out / "cells", out)
+    written = [f"## {title}\n\n{table}\n" for title, table in tables(rows)]
+    pictures = [f"![{plot.stem}]({plot.name})\n" for plot in plots]
+    text = "\n".join([_heading(arguments, len(rows)), *written, *pictures])
+    write_aside(out / "results.md", text)
+    seed = min(row["seed"] for row in rows)
+    overlaid = [row["name"] for row in rows if row["seed"] == seed and row["staleness"] == _oldest(rows)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        directories = [str(out / "cells" / name) for name in overlaid]
+        megatron_a3po(["report", *directories, "--out", str(out / "report.html")])
+    print(text)
+    print(
+        f"in {out}: results.md, results.json, results.csv, {', '.join(plot.name for plot in plots)}, report.html"
+    )
+
+
+def _oldest(rows: list[dict]) -> int:
+    return max((row["staleness"] for row in rows if row["mode"] == "fixed"), default=rows[-1]["staleness"])
+
+
+def _heading(arguments: argparse.Namespace, num_runs: int) -> str:
+    start = read_summary(arguments.out / "start")
+    accuracy = start and start.get("accuracy_before")
+    began = "" if accuracy is None else f" All start from one warm start, of accuracy {accuracy:.3f}."
+    return (
+        f"# {num_runs} runs of {arguments.config}\n\n    {arguments.command}\n\n"
+        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} CPUs.{began} Mean ± standard deviation over "
+        "seeds; reward and entropy at the end, weights and errors over the steps whose samples are as stale as is "
+        "said, seconds are medians.\n"
+    )
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    number = {"type": int, "nargs": "+", "metavar": "N"}
+    parser.add_argument("config", metavar="CONFIG", help="the task, a configuration of `train`")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where runs and results go")
+    parser.add_argument("--methods", nargs="+", choices=list(COMPARED), default=list(COMPARED))
+    parser.add_argument("--staleness", help="fixed staleness (default: 0 2 8)", **number)
+    parser.add_argument("--free", help="free-running as well, with these bounds", **number)
+    parser.add_argument("--mini-batches", help="optimizer steps in a training step (default: 4)", **number)
+    parser.add_argument("--seeds", default=[1, 2, 3], **number)
+    parser.add_argument("--steps", type=int, metavar="N", help="of each run (default: trainer.steps)")
+    parser.add_argument("--full", action="store_true", help="the whole grid, hours on two cores")
+    parser.add_argument("--asynchronous", action="store_true", help="the asynchronous gain instead")
+    parser.add_argument("--bounds", default=[1, 2, 4, 8], help="of the asynchronous gain", **number)
+    parser.add_argument("--tables-only", action="store_true", help="results of what is there; run nothing")
+    arguments = parser.parse_args(argv)
+    arguments.command = shlex.join(["tools/reproduce.py", *(sys.argv[1:] if argv is None else argv)])
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())
