@@ -121,7 +121,7 @@ class Actor:
 
     def shards(self) -> list[tuple[str, Tensor]]:
         """(name, this rank's shard) of every weight, up to date; written to, they are the model's. Collective."""
-        self._gather_parameters()
+        self.gather_parameters()
         return [(name, tensor) for name, tensor, _ in self._parameters()]
 
     @property
@@ -136,7 +136,7 @@ class Actor:
 
     def write_hugging_face(self, directory: Path, *, with_tokenizer: bool = False) -> None:
         """Write the current weights as a Hugging Face directory. Collective over all ranks."""
-        self._gather_parameters()
+        self.gather_parameters()
         parameters = [(name, tensor) for name, tensor, own in self._parameters() if own]
         names = [(name, tensor.dtype) for name, tensor in parameters] if self.grid.holds_export else []
         write_hugging_face(
@@ -179,7 +179,8 @@ class Actor:
             rest = count_experts_from(self.grid.ep.rank * num_local, rest)
         return f"decoder.layers.{layer}.{rest}"
 
-    def _gather_parameters(self) -> None:
+    def gather_parameters(self) -> None:
+        """Have every weight up to date on every rank. Collective."""
         # Under overlap_param_gather the next forward gathers lazily; whoever reads the weights before that must ask.
         if self.config.overlap_param_gather:
             for chunk in self.model:

@@ -52,7 +52,8 @@ class Written:
 
 
 def snapshot(actor: Actor, memory: HostMemory) -> Snapshot:
-    """This rank's part of a checkpoint, as it is now. The parameters are gathered."""
+    """This rank's part of a checkpoint, as it is now. Collective."""
+    actor.gather_parameters()
     optimizers = _optimizer(actor).distributed_optimizers
     for optimizer in optimizers:
         _ensure_moments(optimizer)

@@ -22,10 +22,13 @@ class TrainerSection(Section):
     before and after."""
 
     save_every: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints. Left out: only when stopped."""
+    """Steps between checkpoints. Left out: only when stopped, and after a warm start."""
 
     keep_last: int = Field(default=2, ge=1)
-    """Checkpoints kept."""
+    """Checkpoints kept; an older one goes when a newer one is complete."""
+
+    keep_every: int | None = Field(default=None, ge=1)
+    """Checkpoints whose step is a multiple of this are kept for good."""
 
     dump_batches: bool = False
     """Save what each step trained on to <run_dir>/batches/."""

@@ -112,9 +112,10 @@ class RolloutService:
 
     async def state(self, num_received: int) -> dict[str, Any]:
         """`num_received` batches have reached the trainer; one more may be on its way, and belongs to the state."""
-        producer_state = await self._producer.state()
-        if self._num_batches > num_received:
-            version, groups = self._last_batch
+        on_its_way = self._last_batch if self._num_batches > num_received else None
+        producer_state = await self._producer.state()  # which may wait, while the trainer takes more
+        if on_its_way is not None:
+            version, groups = on_its_way
             self._producer.put_back(producer_state, groups, version)
         return {"producer": producer_state, "counters": self._counters.state()}
 

@@ -26,30 +26,30 @@ class WaveProducer:
         self._prompts = prompts
         self._schedule = schedule
         self._published: deque[tuple[int, Path]] = deque()
-        self._working = True
+        self._finished: set[int] = set()  # steps whose waves are done, consumed or not
+        self._states: list[
+            tuple[set[int], dict[int, list[Group]]]
+        ] = []  # being made: missing steps, waiting ones
         self._change = Change()
 
     def restore(self, state: dict[str, Any], version: int) -> None:
         for step, groups in state["waiting"].items():
-            self._schedule.finish(int(step), groups)  # a kept state has text for keys
+            self._finish(int(step), groups)  # a kept state has text for keys
         self._schedule.check_resume(version)
 
     async def run(self) -> None:
         while True:
             for step in self._schedule.due(self._engine.version):
-                self._schedule.finish(step, await self._wave(step))
-                self._change.tell()
-            self._working = False
-            self._change.tell()
+                self._finish(step, await self._wave(step))
             while not self._published:
                 await self._change.next()
-            self._working = True
             await self._engine.update_weights(*self._published[0])
             self._published.popleft()
             self._change.tell()
 
     async def publish(self, version: int, directory: Path) -> None:
-        self._published.append((version, directory))
+        if version > self._engine.version:
+            self._published.append((version, directory))
         self._change.tell()
         while self._engine.version < version:
             await self._change.next()
@@ -62,13 +62,31 @@ class WaveProducer:
         return groups
 
     async def state(self) -> dict[str, Any]:
-        """Waits for the waves of all published weights: those of older ones could not be generated again."""
-        while self._working or self._published:
+        """What waits now, and the waves of all weights published by now, which could not be generated again later.
+
+        They are waited for, while the trainer goes on and may take them.
+        """
+        newest = self._published[-1][0] if self._published else self._engine.version
+        waiting, versions = dict(self._schedule.waiting), range(self._engine.version, newest + 1)
+        missing = {step for version in versions for step in self._schedule.due(version)} - self._finished
+        state = missing, waiting
+        self._states.append(state)
+        while missing:
             await self._change.next()
-        return {"waiting": dict(self._schedule.waiting)}
+        self._states = [one for one in self._states if one is not state]
+        return {"waiting": waiting}
 
     def put_back(self, state: dict[str, Any], groups: list[Group], version: int) -> None:
         state["waiting"][version] = groups
+
+    def _finish(self, step: int, groups: list[Group]) -> None:
+        self._schedule.finish(step, groups)
+        self._finished.add(step)
+        for missing, waiting in self._states:
+            if step in missing:
+                missing.discard(step)
+                waiting[step] = groups
+        self._change.tell()
 
     async def _wave(self, step: int) -> list[Group]:
         prompts = [self._prompts.at(index) for index in self._schedule.prompt_indices(step)]

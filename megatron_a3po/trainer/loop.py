@@ -5,16 +5,14 @@ wait for the batch of this version -> align -> train on it -> publish the new we
 
 import contextlib
 import shutil
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_a3po.actor import checkpoint as actor_checkpoint
 from megatron_a3po.actor.actor import Actor
 from megatron_a3po.actor.reference import Reference
 from megatron_a3po.config import Config
-from megatron_a3po.errors import TrainingError
+from megatron_a3po.errors import OutputError, TrainingError
 from megatron_a3po.logs import StepFilter
 from megatron_a3po.rollout.client import RolloutClient
 from megatron_a3po.trainer.attempt import Attempt
@@ -24,9 +22,9 @@ from megatron_a3po.trainer.clock import Clock
 from megatron_a3po.trainer.journal import Journal
 from megatron_a3po.trainer.method import Method
 from megatron_a3po.trainer.probe import probe
-from megatron_a3po.trainer.recovery import Checkpoint
+from megatron_a3po.trainer.saving import Saving
 from megatron_a3po.trainer.shown import Shown
-from megatron_a3po.trainer.source import Source, from_main, wait_on_main
+from megatron_a3po.trainer.source import Source, from_main
 from megatron_a3po.trainer.step import train_step
 from megatron_a3po.weights.publishing import forget_old_versions, version_directory
 
@@ -51,6 +49,7 @@ class Run:
     attempt: Attempt
     source: Source
     client: RolloutClient | None
+    saving: Saving
     journal: Journal | None
     progress: Progress
     step_filter: StepFilter
@@ -88,8 +87,9 @@ def train(run: Run) -> bool:
         metrics |= probe(run, metrics)
         write_down(run, batch, shown, metrics)
         stop_where_nothing_is_learned(run, metrics)
-        if due(run.config.trainer.save_every, run.progress.step):
-            with run.clock("checkpoint"):
+        with run.clock("checkpoint"):
+            run.saving.go_on()
+            if due(run.config.trainer.save_every, run.progress.step):
                 save(run)
     return True
 
@@ -122,27 +122,17 @@ def forget_published(attempt: Attempt) -> None:
 
 
 def save(run: Run) -> None:
-    """A checkpoint of the step just completed. Collective."""
-    checkpoint = Checkpoint(run.attempt, run.progress.step)
-    from_main(run.actor.grid, checkpoint.open)
-    actor_checkpoint.save(run.actor, checkpoint.actor_directory)
-    asked: list[Future[dict[str, Any]]] = []
-    rollouts: list[dict[str, Any]] = []  # stays on rank 0, which alone writes it
-
-    def wait_for_rollouts(timeout_s: float) -> None:
-        if not asked and run.client is not None:
-            asked.append(run.client.state())
-        rollouts.extend(future.result(timeout_s) for future in asked)
-
-    wait_on_main(run.actor.grid, wait_for_rollouts)
+    """Begin a checkpoint of the step just completed; it is written while training goes on. Collective."""
     if run.journal is not None:
         run.progress.wall_seconds = run.journal.wall_seconds
-    from_main(
-        run.actor.grid,
-        lambda: checkpoint.complete(
-            run.config, run.actor.shape, vars(run.progress), rollouts[0] if rollouts else None
-        ),
-    )
+    run.saving.begin(vars(run.progress), None if run.client is None else run.client.state())
+
+
+def save_and_wait(run: Run) -> None:
+    """A checkpoint of the step just completed, for a run that ends here. Collective. Errors: OutputError."""
+    save(run)
+    if problem := run.saving.finish():
+        raise OutputError(f"no checkpoint of step {run.progress.step}: {problem}")
 
 
 def write_down(run: Run, batch: Batch, shown: Shown, metrics: dict[str, Any]) -> None:

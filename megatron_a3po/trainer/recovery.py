@@ -8,7 +8,8 @@
         config.yaml           the configuration it was written under
         manifest.json         format number, sizes and checksums of the files above
 
-There is no random state to keep: prompts, samples and shuffles are functions of (seed, position).
+There is no random state to keep: prompts, samples and shuffles are functions of (seed, position). Writing is in
+`saving.py`.
 """
 
 import dataclasses
@@ -20,13 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_a3po.config import Config, ModelShape, read_model_shape, to_yaml
+from megatron_a3po.config import Config, read_model_shape, to_yaml
 from megatron_a3po.config.difference import differing_keys
 from megatron_a3po.errors import ConfigError, InputError
 from megatron_a3po.trainer.attempt import Attempt, lock
-from megatron_a3po.trainer.rollout_state import write_rollout_state
 from megatron_a3po.weights.aside import write_aside, written_aside
-from megatron_a3po.weights.manifest import damage, write_manifest
+from megatron_a3po.weights.manifest import damage
 
 FORMAT = 2  # 2: layers by number, rollouts without a pickle
 PREFIX = "step-"
@@ -54,7 +54,7 @@ def begin(config: Config, resume: str) -> Beginning:
     notes: tuple[str, ...] = ()
     if resume == "never" and run_dir.exists():
         notes = (f"moved the old run to {_move_aside(run_dir)}",)
-    checkpoint, newest = None, _checkpoints(run_dir)[-1:]
+    checkpoint, newest = None, checkpoints_of(run_dir)[-1:]
     used = (run_dir / "config.yaml").is_file()
     if used:
         _refuse_another_configuration(run_dir, config)
@@ -128,7 +128,7 @@ def claim(config: Config, beginning: Beginning, held: ExitStack) -> tuple[Attemp
         )
     for unfinished in (run_dir / "checkpoints").glob("*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    if _checkpoints(run_dir)[-1:] != beginning.newest:
+    if checkpoints_of(run_dir)[-1:] != beginning.newest:
         beginning = begin(config, "auto")
     write_aside(run_dir / "config.yaml", to_yaml(config))
     return attempt, beginning
@@ -137,45 +137,12 @@ def claim(config: Config, beginning: Beginning, held: ExitStack) -> tuple[Attemp
 def latest_checkpoint(run_dir: Path) -> tuple[Path | None, tuple[str, ...]]:
     """The newest complete checkpoint, and a note on every damaged one that was passed over."""
     notes: list[str] = []
-    for directory in reversed(_checkpoints(run_dir)):
+    for directory in reversed(checkpoints_of(run_dir)):
         if problem := damage(directory, FORMAT):
             notes.append(f"{directory} is damaged ({problem}); the one before it is used")
             continue
         return directory, tuple(notes)
     return None, tuple(notes)
-
-
-class Checkpoint:
-    """A checkpoint being written: made aside, filled by all ranks, completed by rank 0."""
-
-    def __init__(self, attempt: Attempt, step: int) -> None:
-        self.attempt = attempt
-        self.final = attempt.run_dir / "checkpoints" / f"{PREFIX}{step}"
-        self.aside = self.final.with_name(f"{self.final.name}.attempt-{attempt.number}.tmp")
-
-    @property
-    def actor_directory(self) -> Path:
-        return self.aside / "actor"
-
-    def open(self) -> None:
-        """Rank 0, before any rank writes."""
-        shutil.rmtree(self.aside, ignore_errors=True)
-        self.actor_directory.mkdir(parents=True)
-
-    def complete(
-        self, config: Config, shape: ModelShape, trainer: dict[str, Any], rollouts: dict[str, Any] | None
-    ) -> None:
-        """Rank 0, after every rank has written: state, manifest, the final name, and old ones forgotten."""
-        (self.aside / "config.yaml").write_text(to_yaml(config))
-        (self.aside / "model.json").write_text(json.dumps(dataclasses.asdict(shape)))
-        (self.aside / "trainer.json").write_text(json.dumps({"attempt": self.attempt.number, **trainer}))
-        write_rollout_state(self.aside / ROLLOUTS, rollouts)
-        write_manifest(self.aside, FORMAT)
-        self.attempt.refuse_if_fenced()
-        shutil.rmtree(self.final, ignore_errors=True)
-        self.aside.rename(self.final)
-        for old in _checkpoints(Path(config.run_dir))[: -config.trainer.keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def reference_directory(run_dir: Path) -> Path:
@@ -208,7 +175,7 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "trainer.json").read_text())
 
 
-def _checkpoints(run_dir: Path) -> list[Path]:
+def checkpoints_of(run_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [
         path

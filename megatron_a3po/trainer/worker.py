@@ -19,7 +19,7 @@ from megatron_a3po.actor.optimizer import Schedule
 from megatron_a3po.actor.reference import Reference
 from megatron_a3po.config import Config, read_model_shape
 from megatron_a3po.config.plan import plan_lines
-from megatron_a3po.errors import EXIT_DONE, EXIT_STOPPED, A3POError, ServersGone
+from megatron_a3po.errors import EXIT_DONE, EXIT_STOPPED, A3POError, ServersGone, TrainingError
 from megatron_a3po.lifetime import StopWish
 from megatron_a3po.logs import StepFilter, set_up_logs
 from megatron_a3po.rollout.client import RolloutClient
@@ -37,6 +37,7 @@ from megatron_a3po.trainer.loop import (
 )
 from megatron_a3po.trainer.recovery import Beginning
 from megatron_a3po.trainer.rollout_state import read_rollout_state
+from megatron_a3po.trainer.saving import Saving
 from megatron_a3po.trainer.source import LiveSource, ReplaySource, from_main, wait_on_main
 from megatron_a3po.trainer.summary import closing_lines
 from megatron_a3po.trainer.warm_start import demonstrations, warm_start
@@ -135,6 +136,9 @@ def _session(
         reference = _reference(config, actor, beginning.checkpoint)
         actor.start_stage(_schedule(config))
         progress, rollout_state = _restore(actor, beginning.checkpoint)
+        saving = Saving(config, actor, attempt)
+        if beginning.checkpoint is None and config.warm_start is not None:
+            saving.begin(vars(progress), None)  # so that the warm start is done once
         source: LiveSource | ReplaySource
         if config.needs_rollouts:
             client = _start_rollouts(config, actor, attempt, progress, rollout_state)
@@ -146,15 +150,18 @@ def _session(
             client, source = None, ReplaySource(grid, config, shape.vocab_size, stop)
         if journal is not None:
             journal.earlier_s = progress.wall_seconds
-        run = Run(config, actor, attempt, source, client, journal, progress, step_filter, reference)
+        run = Run(config, actor, attempt, saving, source, client, journal, progress, step_filter, reference)
         try:
             return _train(run)
         except ServersGone as error:
-            loop.save(run)
+            loop.save_and_wait(run)
             raise ServersGone(
                 f"{error}; stopped after step {run.progress.step} with a checkpoint: see to the servers, and run again "
                 "to continue."
             ) from error
+        except TrainingError:  # which every rank finds; what was saved before it is as good as ever
+            saving.finish()
+            raise
 
 
 @contextmanager
@@ -174,9 +181,10 @@ def _train(run: Run) -> int:
     if not finished:
         if run.journal is not None:
             run.progress.accuracy_before = run.journal.first_accuracy(run.progress.accuracy_before)
-        loop.save(run)
+        loop.save_and_wait(run)
         logger.info("stopped after step %d with a checkpoint: run again to continue", run.progress.step)
         return EXIT_STOPPED
+    run.saving.finish()
     loop.evaluate(run)
     export = run.run_dir / "export"
     run.actor.write_hugging_face(export, with_tokenizer=True)

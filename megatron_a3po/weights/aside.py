@@ -40,7 +40,12 @@ def open_aside(directory: Path) -> Path:
 
 def close_aside(directory: Path) -> None:
     """Give what was written its final name, which is never that of something half removed, and is never absent."""
-    aside, replaced = aside_of(directory), replaced_of(directory)
+    put_in_place(aside_of(directory), directory)
+
+
+def put_in_place(aside: Path, directory: Path) -> None:
+    """Give `aside` the name `directory`; what had it is removed."""
+    replaced = replaced_of(directory)
     if not directory.is_dir() or directory.is_symlink():
         aside.rename(directory)
     elif _exchange(aside, directory):
@@ -60,14 +65,22 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def make_durable(directory: Path) -> None:
-    """Everything under `directory`, and what its folders list, is on the disk when this returns."""
+    """Every file under `directory`, and what its folders list, is on the disk when this returns."""
     for folder, _, files in os.walk(directory, topdown=False):
-        for name in (*files, "."):
-            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        for name in files:
+            sync(Path(folder, name))
+        sync(Path(folder))
+
+
+def sync(path: Path) -> None:
+    """A file, or the names a folder lists, are on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(descriptor)
 
 
 def drop_aside(directory: Path) -> None:

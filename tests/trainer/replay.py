@@ -142,8 +142,12 @@ def identical(one: Weights, other: Weights) -> bool:
 
 
 def without_times(rows: Rows) -> Rows:
-    """What must repeat from run to run: everything but seconds and the number of the start."""
+    """What must repeat from run to run: everything but seconds, memory and the number of the start."""
     return [
-        {name: value for name, value in row.items() if not name.startswith("time/") and name != "attempt"}
+        {
+            name: value
+            for name, value in row.items()
+            if not name.startswith(("time/", "memory/")) and name != "attempt"
+        }
         for row in rows
     ]

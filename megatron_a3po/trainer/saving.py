@@ -1,0 +1,256 @@
+"""Checkpoints written beside the training, at most one at a time. What is in one is in `recovery.py`, which reads them.
+
+    begin     every rank copies its part to host memory; the rollouts are asked for their state of this moment
+    (thread)  every rank writes its part and waits for the disk
+    go_on     between steps the ranks agree that all parts are there
+    (thread)  rank 0 writes the rest and the manifest, waits for the disk, and gives the folder its name
+    go_on     between steps the ranks agree that it is done, or hear what went wrong
+
+Training waits for the first line alone; `finish` waits for all of it, when a run stops or ends. Killed at any moment
+before the name is given, it leaves a folder with a suffix, which nobody reads.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from megatron_a3po.actor import checkpoint as actor_checkpoint
+from megatron_a3po.actor.actor import Actor
+from megatron_a3po.actor.checkpoint import Written
+from megatron_a3po.actor.snapshot import HostMemory, Snapshot
+from megatron_a3po.config import Config, to_yaml
+from megatron_a3po.trainer.attempt import Attempt
+from megatron_a3po.trainer.recovery import FORMAT, PREFIX, ROLLOUTS, checkpoints_of
+from megatron_a3po.trainer.rollout_state import write_rollout_state
+from megatron_a3po.trainer.source import from_main
+from megatron_a3po.weights.aside import FULL, make_durable, put_in_place, sync
+from megatron_a3po.weights.manifest import write_manifest
+
+logger = logging.getLogger(__name__)
+POLL_S = 0.05
+
+
+class Checkpoint:
+    """The folder of one step's checkpoint: filled under a name with a suffix by all ranks, completed by rank 0."""
+
+    def __init__(self, attempt: Attempt, step: int) -> None:
+        self.attempt, self.step = attempt, step
+        self.final = attempt.run_dir / "checkpoints" / f"{PREFIX}{step}"
+        self.aside = self.final.with_name(f"{self.final.name}.attempt-{attempt.number}.tmp")
+
+    @property
+    def actor_directory(self) -> Path:
+        return self.aside / "actor"
+
+    def open(self) -> None:
+        """Rank 0, before any rank writes."""
+        self.drop()
+        self.actor_directory.mkdir(parents=True)
+
+    def drop(self) -> None:
+        shutil.rmtree(self.aside, ignore_errors=True)
+
+    def complete(self, checksums: dict[str, str]) -> None:
+        """Rank 0, once everything is written: the manifest, the disk, the final name."""
+        write_manifest(self.aside, FORMAT, {f"actor/{name}": one for name, one in checksums.items()})
+        make_durable(self.aside)
+        self.attempt.refuse_if_fenced()
+        put_in_place(self.aside, self.final)
+        sync(self.final.parent)
+
+    def forget_others(self, keep_last: int, keep_every: int | None) -> None:
+        """Rank 0, afterwards: the older ones that are not to be kept."""
+        for old in checkpoints_of(self.attempt.run_dir)[:-keep_last]:
+            if keep_every is None or int(old.name.removeprefix(PREFIX)) % keep_every:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Unwritten:
+    """Why a rank could not write its part, and how many bytes of it are not there."""
+
+    reason: str
+    is_full: bool
+    missing_bytes: int
+
+
+@dataclass
+class UnderWay:
+    """A checkpoint between its copy and its name. Rank 0 alone has `rollouts`, and `rest` once all parts are there."""
+
+    checkpoint: Checkpoint
+    trainer: dict[str, Any]
+    common: bytes
+    since: float
+    held_up_s: float
+    num_bytes: int
+    part: "Future[Written | Unwritten]"
+    rollouts: "Future[dict[str, Any]] | None"
+    parts_are_there: bool = False
+    rest: "Future[str | None] | None" = None
+
+    @property
+    def own_work(self) -> "list[Future[Any]]":
+        """What this rank still has to do before the ranks meet."""
+        work = [self.rest] if self.parts_are_there else [self.part, self.rollouts]
+        return [future for future in work if future is not None]
+
+
+class Saving:
+    """The checkpoints of a run. Every method is collective over all ranks."""
+
+    def __init__(self, config: Config, actor: Actor, attempt: Attempt) -> None:
+        self._config, self._actor, self._attempt = config, actor, attempt
+        self._memory = HostMemory()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: UnderWay | None = None
+        self._newest: int | None = None  # the step of the last one begun that has not failed
+
+    def begin(self, trainer: dict[str, Any], rollouts: "Future[dict[str, Any]] | None") -> None:
+        """Save this moment. trainer: what the loop counts; rollouts: their state of this moment, on rank 0 alone."""
+        self.finish()
+        if self._newest == trainer["step"]:
+            return
+        since = time.monotonic()
+        checkpoint = Checkpoint(self._attempt, trainer["step"])
+        if problem := from_main(self._actor.grid, lambda: _problem_of(checkpoint.open, checkpoint.aside)):
+            self._give_up(checkpoint, problem)
+            return
+        state = actor_checkpoint.snapshot(self._actor, self._memory)
+        common = actor_checkpoint.common_state(self._actor) if self._actor.grid.is_main else b""
+        part = self._thread.submit(
+            _write, state, checkpoint.actor_directory, rank=self._actor.grid.world_rank
+        )
+        held_up_s = time.monotonic() - since
+        self._newest = checkpoint.step
+        self._under_way = UnderWay(
+            checkpoint, dict(trainer), common, since, held_up_s, state.num_bytes, part, rollouts
+        )
+
+    def go_on(self) -> str | None:
+        """Take the checkpoint under way further if all ranks can, without waiting. Returns what went wrong."""
+        now = self._under_way
+        if now is None or not self._all(all(future.done() for future in now.own_work)):
+            return None
+        if not now.parts_are_there:
+            parts = self._on_main((now.part.result(), now.num_bytes))
+            now.parts_are_there = True
+            if parts is not None:
+                now.rest = self._thread.submit(self._complete, now, parts)
+            return None
+        self._under_way = None
+        problem = from_main(self._actor.grid, lambda: cast("Future[str | None]", now.rest).result())
+        if problem is not None:
+            self._give_up(now.checkpoint, problem)
+        else:
+            seconds = time.monotonic() - now.since
+            logger.info(
+                "%s is complete after %.2f s; training waited %.3f s",
+                now.checkpoint.final,
+                seconds,
+                now.held_up_s,
+            )
+        return problem
+
+    def finish(self) -> str | None:
+        """Wait until no checkpoint is under way. Returns what went wrong with the last."""
+        problem = None
+        while self._under_way is not None:
+            concurrent.futures.wait(self._under_way.own_work, timeout=POLL_S)
+            problem = self.go_on()
+        return problem
+
+    def _complete(self, now: UnderWay, parts: "list[tuple[Written | Unwritten, int]]") -> str | None:
+        """In rank 0's thread. Returns what went wrong with the files. Errors: what the rollouts or a fence say."""
+        checkpoint, aside = now.checkpoint, now.checkpoint.aside
+        if failed := [part for part, _ in parts if isinstance(part, Unwritten)]:
+            num_bytes = sum(size for _, size in parts)
+            return _lack(failed, num_bytes, aside)
+        rollouts = now.rollouts.result() if now.rollouts else None
+
+        def write() -> None:
+            checksums = actor_checkpoint.complete(
+                checkpoint.actor_directory,
+                [cast(Written, part) for part, _ in parts],
+                now.common,
+                template=self._actor.hf_path,
+                layout=actor_checkpoint.layout_of(self._actor),
+            )
+            (aside / "config.yaml").write_text(to_yaml(self._config))
+            (aside / "model.json").write_text(json.dumps(dataclasses.asdict(self._actor.shape)))
+            (aside / "trainer.json").write_text(json.dumps({"attempt": self._attempt.number, **now.trainer}))
+            write_rollout_state(aside / ROLLOUTS, rollouts)
+            checkpoint.complete(checksums)
+
+        problem = _problem_of(write, aside)
+        if problem is None:
+            checkpoint.forget_others(self._config.trainer.keep_last, self._config.trainer.keep_every)
+        return problem
+
+    def _give_up(self, checkpoint: Checkpoint, problem: str) -> None:
+        """The run goes on with the checkpoint it has; what is there of the new one is removed."""
+        self._newest = None
+        if not self._actor.grid.is_main:
+            return
+        checkpoint.drop()
+        last = next(iter(checkpoints_of(self._attempt.run_dir)[::-1]), None)
+        logger.error(
+            "no checkpoint of step %d: %s. The run goes on; %s, and the next save is tried again",
+            checkpoint.step,
+            problem,
+            f"its last checkpoint is {last}" if last else "it has no checkpoint yet",
+        )
+
+    def _all(self, ready: bool) -> bool:
+        flag = torch.tensor([int(ready)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self._actor.grid.host_group)
+        return bool(flag.item())
+
+    def _on_main(self, value: Any) -> list[Any] | None:
+        grid = self._actor.grid
+        everyone: list[Any] | None = [None] * grid.world_size if grid.is_main else None
+        dist.gather_object(value, everyone, dst=0, group=grid.host_group)
+        return everyone
+
+
+def _write(state: Snapshot, directory: Path, *, rank: int) -> Written | Unwritten:
+    """In every rank's thread."""
+    try:
+        return actor_checkpoint.write(state, directory, rank)
+    except OSError as error:
+        written = sum(file.stat().st_size for file in directory.glob(f"__{rank}_*"))
+        is_full = error.errno in FULL
+        return Unwritten(_said(error, directory), is_full, max(0, state.num_bytes - written))
+
+
+def _problem_of(work: Callable[[], object], folder: Path) -> str | None:
+    """Do it; the sentence of a file in `folder` that could not be written."""
+    try:
+        work()
+    except OSError as error:
+        return _said(error, folder) + ("; free some space" if error.errno in FULL else "")
+    return None
+
+
+def _said(error: OSError, folder: Path) -> str:
+    return f"{error.filename or folder} cannot be written ({error.strerror})"
+
+
+def _lack(failed: list[Unwritten], num_bytes: int, folder: Path) -> str:
+    """The first failure, and for a full disk how much it lacks."""
+    missing = sum(one.missing_bytes for one in failed) - shutil.disk_usage(folder).free
+    lack = f"; the checkpoint takes {num_bytes / 1e6:.1f} MB"
+    if any(one.is_full for one in failed) and missing > 0:
+        lack += f", for which {missing / 1e6:.1f} MB are missing: free some space"
+    return failed[0].reason + lack
