@@ -54,6 +54,7 @@ TRAINING = (
     ),
     Metric("rollout/aborted", "samples the engine gave up; they are generated again", "0"),
     Metric("rollout/lost_requests", "requests lost with a vLLM server; they are made again elsewhere", "0"),
+    Metric("rollout/restarts", "times the rollout process died and was started again", "0"),
     Metric(
         "rollout/tokens_per_s",
         "tokens sampled a second since the batch before",

@@ -1,55 +1,61 @@
-"""What trainer rank 0 holds of the rollouts: it starts the rollout process and talks to it.
+"""What trainer rank 0 holds of the rollouts: it starts the rollout process and talks to it, and starts it again.
 
-Every call becomes a message; a thread reads the answers. Whatever ends the process ends every call that waits, and
-every later one, with its error: RewardError, InputError or RolloutError, the remote traceback in the text. No torch
-here. The other side is `process.py`.
+Every call becomes a message; a thread reads the answers. A process that dies is started anew where the ledger knows it
+was, and asked again what it had not answered. What it says itself that it cannot go on from, and a second death in one
+step, end every call that waits, and every later one, with an error: RewardError, InputError or RolloutError, the remote
+traceback in the text. No torch here. The process is `child.py`'s, what is known of it `ledger.py`'s.
 """
 
-import contextlib
 import itertools
-import multiprocessing
-import os
-import subprocess
-import sys
+import logging
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
-from multiprocessing.connection import Connection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from megatron_a3po import errors
 from megatron_a3po.config import Config
-from megatron_a3po.environment import child_environment
 from megatron_a3po.errors import A3POError, RolloutError, ServersGone
-from megatron_a3po.rollout.messages import Answer, Failure, Request, Start, Stop
+from megatron_a3po.rollout.child import RolloutChild
+from megatron_a3po.rollout.ledger import Ledger
+from megatron_a3po.rollout.messages import Answer, Failure, Request, Start
 from megatron_a3po.rollout.trajectory import Evaluation, RolloutBatch, Trajectory
 
-STOP_TIMEOUT_S = 10.0
-LAST_LINES = 20
+logger = logging.getLogger(__name__)
 
-# The errors that mean the same on both sides; anything else is a failure of the rollout process.
+# The errors that mean the same on both sides.
 KNOWN: Mapping[str, type[A3POError]] = {
     name: getattr(errors, name) for name in ("ConfigError", "InputError", "RewardError")
 }
 
 
+@dataclass
+class Asked:
+    """A request whose answer is awaited."""
+
+    request: Request
+    future: Future[Any] = field(default_factory=Future)
+
+
 class RolloutClient:
     """Made by `start`. Calls may come from any thread."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", connection: Connection, log: Path) -> None:
-        self._process = process
-        self._connection = connection
-        self._log = log
+    def __init__(self, start: Start) -> None:
+        self._ledger = Ledger(start)
         self._numbers = itertools.count()
-        self._lock = threading.Lock()
-        self._pending: dict[int, Future[Any]] = {}
+        self._lock = threading.RLock()
+        self._pending: dict[int, Asked] = {}
         self._error: A3POError | None = None
         self._stopping = False
         self._batch: tuple[int, Future[RolloutBatch]] | None = None
-        self._num_batches = 0
-        self._reader = threading.Thread(target=self._read, name="rollout-answers", daemon=True)
-        self._reader.start()
+        self._remembering: Future[Any] | None = None
+        self._step = start.first_version  # the version that the step under way begins with
+        self._died_in: int | None = None  # such a step
+        self._num_restarts = 0  # since the latest batch
+        self._born_after = start.consumed_steps  # batches, when the process was started
+        self._child = RolloutChild(start, self._answered, self._ended)
 
     @classmethod
     def start(
@@ -59,55 +65,42 @@ class RolloutClient:
         state: dict[str, Any] | None,
         first_version: int,
         weights_dir: Path,
+        *,
+        attempt: int = 1,
     ) -> "RolloutClient":
         """Start the process, which begins to generate with the weights of `weights_dir` as `first_version`. `state` is
         what `state` returned in the run that is resumed."""
-        log = Path(run_dir) / "logs" / "rollout.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        ours, theirs = cast("tuple[Connection, Connection]", multiprocessing.Pipe())
-        arguments = ["-m", "megatron_a3po.rollout.process", str(theirs.fileno()), str(os.getpid())]
-        variables = child_environment(
-            OMP_NUM_THREADS=str(config.rollout.num_threads),
-            # What can be imported here can be imported there: the package itself, and a reward function's module.
-            PYTHONPATH=os.pathsep.join(path for path in sys.path if path),
-        )
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, *arguments],
-                env=variables,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[theirs.fileno()],
-            )
-        theirs.close()
-        client = cls(process, ours, log)
-        client._send(Start(config, Path(run_dir), state, first_version, Path(weights_dir)))
-        return client
+        run_dir, weights_dir = Path(run_dir), Path(weights_dir)
+        return cls(Start(config, run_dir, attempt, state, first_version, weights_dir, first_version))
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._child.pid
 
     def publish(self, version: int, directory: Path) -> "Future[None]":
         """Announce new weights; never waits. The engine takes the newest it knows of; under `fixed_staleness` it takes
         each in turn. The directory may be removed once the future is done, or a newer version is announced (not under
         `fixed_staleness`)."""
-        return self._call("publish", version, Path(directory))
+        with self._lock:
+            self._ledger.publish(version, Path(directory))
+            return self._call("publish", version, Path(directory))
 
     def next_batch(self, current_version: int, timeout_s: float | None = None) -> RolloutBatch:
         """Wait for the batch of the step that begins with `current_version`. After a TimeoutError call it again: the
         batch that was asked for is still being waited for."""
         if self._batch is None:
+            self._step = current_version
             self._batch = (current_version, self._call("next_batch", current_version))
-        version, future = self._batch
-        assert version == current_version, (
-            f"asked for the batch of {current_version} while {version} is on its way"
-        )
-        batch = future.result(timeout_s)
-        self._batch = None
-        self._num_batches += 1
-        return batch
+        while True:
+            version, future = self._batch
+            assert version == current_version, (
+                f"asked for the batch of {current_version} while {version} is on its way"
+            )
+            batch = future.result(timeout_s)
+            with self._lock:
+                if self._batch[1] is future:  # no other process has been asked for it meanwhile
+                    self._batch = None
+                    return self._received(batch)
 
     def evaluate(self, version: int, limit: int | None = None) -> "Future[Evaluation]":
         """Greedy accuracy on the held-out prompts (the first `limit`) with `version`, or a newer one if the engine has
@@ -124,7 +117,11 @@ class RolloutClient:
 
     def state(self) -> "Future[dict[str, Any]]":
         """What a checkpoint keeps of the rollouts. Call it between two `next_batch`es, also after a timeout."""
-        return self._call("state", self._num_batches)
+        with self._lock:
+            steps = self._ledger.consumed_steps
+            future = self._call("state", steps - self._born_after)
+        future.add_done_callback(lambda done: self._remember(done, steps))
+        return future
 
     def sampled_between(self, start: float, end: float) -> int:
         """Number of training tokens sampled in an interval of `time.monotonic`."""
@@ -132,65 +129,90 @@ class RolloutClient:
 
     def stop(self) -> None:
         """End the process; by force if it does not follow."""
-        self._stopping = True
-        self._send(Stop())
-        try:
-            self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._reader.join()
-        self._connection.close()
+        with self._lock:
+            self._stopping = True
+        self._child.stop()
+
+    def _received(self, batch: RolloutBatch) -> RolloutBatch:
+        self._ledger.consume(batch)
+        restarts, self._num_restarts = self._num_restarts, 0
+        if self._remembering is None or self._remembering.done():
+            self._remembering = self.state()
+        return replace(batch, statistics=batch.statistics | {"rollout/restarts": float(restarts)})
+
+    def _remember(self, state: "Future[dict[str, Any]]", steps: int) -> None:
+        if state.exception() is None:
+            with self._lock:
+                self._ledger.remember(state.result(), steps)
 
     def _call(self, method: str, *arguments: Any) -> "Future[Any]":
-        future: Future[Any] = Future()
-        number = next(self._numbers)
         with self._lock:
             if self._error is not None:
                 raise self._error
-            self._pending[number] = future
-        self._send(Request(number, method, arguments))
-        return future
+            asked = Asked(Request(next(self._numbers), method, arguments))
+            self._pending[asked.request.number] = asked
+            self._child.send(asked.request)
+        return asked.future
 
-    def _send(self, message: object) -> None:
-        # The reader sees a closed connection too, and says what it was.
-        with contextlib.suppress(OSError), self._lock:
-            self._connection.send(message)
-
-    def _read(self) -> None:
-        failure = None
-        while failure is None:
-            try:
-                message = self._connection.recv()
-            except (EOFError, OSError):
-                break
-            match message:
-                case Answer(number, value):
-                    with self._lock:
-                        future = self._pending.pop(number)
-                    if isinstance(value, ServersGone):
-                        future.set_exception(value)
-                    else:
-                        future.set_result(value)
-                case Failure():
-                    failure = message
-        error = self._ended(failure)
+    def _answered(self, answer: Answer) -> None:
         with self._lock:
+            future = self._pending.pop(answer.number).future
+        if isinstance(answer.value, ServersGone):
+            future.set_exception(answer.value)
+        else:
+            future.set_result(answer.value)
+
+    def _ended(self, child: RolloutChild, failure: Failure | None) -> None:
+        """A process has ended: start another, or end every call."""
+        with self._lock:
+            error = self._why(child, failure)
+            if not (self._stopping or self._is_final(failure) or self._died_in == self._step):
+                logger.warning("%s\nIt is started again.", error)
+                self._died_in = self._step
+                self._num_restarts += 1
+                self._restart()
+                return
             self._error = error
             pending, self._pending = self._pending, {}
-        for future in pending.values():
-            future.set_exception(error)
+        for asked in pending.values():
+            asked.future.set_exception(error)
 
-    def _ended(self, failure: Failure | None) -> A3POError:
+    def _restart(self) -> None:
+        """Another process where the ledger knows the last one was, asked again what that had not answered."""
+        start, publications = self._ledger.restart()
+        moved = start.consumed_steps - self._born_after
+        self._born_after = start.consumed_steps
+        self._child = RolloutChild(start, self._answered, self._ended)
+        waiting, self._pending = self._pending, {}
+        if self._batch and self._batch[1].done():  # given by the old process, but not taken: made again
+            self._batch = (self._batch[0], self._call("next_batch", self._batch[0]))
+        announced = [
+            asked.request.arguments[0] for asked in waiting.values() if asked.request.method == "publish"
+        ]
+        for version, directory in publications:
+            if version < min(announced, default=version + 1):
+                self._call("publish", version, directory)
+        for number, asked in sorted(waiting.items()):
+            method, arguments = asked.request.method, asked.request.arguments
+            if method == "publish" and arguments[0] < start.first_version:
+                asked.future.set_result(None)  # it starts with newer ones
+                continue
+            if method == "state":
+                asked.request = Request(number, method, (max(arguments[0] - moved, 0),))
+            self._pending[number] = asked
+            self._child.send(asked.request)
+
+    def _is_final(self, failure: Failure | None) -> bool:
+        """Whether the process has said what a new one would say again."""
+        kind = getattr(errors, failure.error, None) if failure else None
+        return isinstance(kind, type) and issubclass(kind, A3POError)
+
+    def _why(self, child: RolloutChild, failure: Failure | None) -> A3POError:
         if failure is not None and failure.error in KNOWN:
             return KNOWN[failure.error](failure.text)
         if failure is not None:
-            return RolloutError(f"the rollout process (pid {self.pid}) failed:\n{failure.text}")
+            return RolloutError(f"the rollout process (pid {child.pid}) failed:\n{failure.text}")
         if self._stopping:
             return RolloutError("the rollout process was stopped.")
-        code = self._process.wait()
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-        return RolloutError(
-            f"the rollout process (pid {self.pid}) ended with exit code {code}; the end of {self._log}:\n"
-            + "\n".join(lines)
-        )
+        twice = "died twice without a step in between: at last it " if self._died_in == self._step else ""
+        return RolloutError(f"the rollout process (pid {child.pid}) {twice}{child.how_it_ended()}")

@@ -15,9 +15,10 @@ from megatron_a3po.rollout.trajectory import Group
 class FixedStaleness:
     """Waves by step; `waiting` are those generated and not consumed."""
 
-    def __init__(self, staleness: int, groups_per_step: int) -> None:
+    def __init__(self, staleness: int, groups_per_step: int, consumed_steps: int = 0) -> None:
         self.staleness = staleness
         self.groups_per_step = groups_per_step
+        self._next = consumed_steps
         self._waiting: dict[int, list[Group]] = {}
 
     @property
@@ -25,9 +26,9 @@ class FixedStaleness:
         return MappingProxyType(self._waiting)
 
     def due(self, version: int) -> list[int]:
-        """The steps whose waves `version` generates and that do not wait already."""
+        """The steps whose waves `version` generates and that neither wait already nor are consumed."""
         steps = range(self.staleness + 1) if version == 0 else [version + self.staleness]
-        return [step for step in steps if step not in self._waiting]
+        return [step for step in steps if step >= self._next and step not in self._waiting]
 
     def prompt_indices(self, step: int) -> range:
         return range(step * self.groups_per_step, (step + 1) * self.groups_per_step)
@@ -49,7 +50,8 @@ class FixedStaleness:
 
     def check_resume(self, version: int) -> None:
         """A resume at `version` can generate the waves of that version, but none of an older one."""
-        lost = [step for step in range(version, version + self.staleness) if step not in self._waiting]
+        needed = range(max(version, self._next), version + self.staleness)
+        lost = [step for step in needed if step not in self._waiting]
         if version > 0 and lost:
             raise RolloutError(
                 f"the checkpoint of version {version} lacks the waiting batches of steps {lost}, which "

@@ -13,9 +13,11 @@ class Start:
 
     config: Config
     run_dir: Path
+    attempt: int
     state: dict[str, Any] | None
     first_version: int
     weights_dir: Path
+    consumed_steps: int  # batches the run has had
 
 
 @dataclass(frozen=True)

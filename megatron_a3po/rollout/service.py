@@ -61,7 +61,7 @@ class RolloutService:
             max_response_tokens=rollout.max_response_tokens,
             temperature=rollout.temperature,
         )
-        self._producer = create_producer(config, sampler, self._prompts, start.first_version)
+        self._producer = create_producer(config, sampler, self._prompts, start.consumed_steps)
         if start.state is not None:
             self._producer.restore(start.state["producer"], start.first_version)
             self._counters.restore(start.state["counters"])
@@ -197,10 +197,13 @@ def create_local_engine(config: Config, weights_dir: Path, version: int) -> Loca
     )
 
 
-def create_producer(config: Config, sampler: GroupSampler, prompts: PromptStream, version: int) -> Producer:
+def create_producer(
+    config: Config, sampler: GroupSampler, prompts: PromptStream, consumed_steps: int
+) -> Producer:
     rollout, groups_per_step = config.rollout, config.trainer.prompts_per_step
     if rollout.fixed_staleness is not None:
-        return WaveProducer(sampler, prompts, FixedStaleness(rollout.fixed_staleness, groups_per_step))
-    gate = StalenessGate(rollout.bound, groups_per_step, consumed=version * groups_per_step)
+        schedule = FixedStaleness(rollout.fixed_staleness, groups_per_step, consumed_steps)
+        return WaveProducer(sampler, prompts, schedule)
+    gate = StalenessGate(rollout.bound, groups_per_step, consumed=consumed_steps * groups_per_step)
     buffer = Buffer(rollout.policy, rollout.bound, groups_per_step)
     return ContinuousProducer(sampler, prompts, gate, buffer, drops_no_signal=rollout.drops_no_signal)

@@ -243,7 +243,9 @@ def _start_rollouts(
     actor.write_hugging_face(directory)
     if not actor.grid.is_main:
         return None
-    return RolloutClient.start(config, Path(config.run_dir), state, progress.step, directory)
+    return RolloutClient.start(
+        config, attempt.run_dir, state, progress.step, directory, attempt=attempt.number
+    )
 
 
 def _schedule(config: Config) -> Schedule:
