@@ -37,6 +37,8 @@ class Asked:
 
     request: Request
     future: Future[Any] = field(default_factory=Future)
+    steps: int = 0  # batches that had reached the trainer
+    again: bool = False  # of another process than the one first asked
 
 
 class RolloutClient:
@@ -149,18 +151,20 @@ class RolloutClient:
         with self._lock:
             if self._error is not None:
                 raise self._error
-            asked = Asked(Request(next(self._numbers), method, arguments))
+            asked = Asked(Request(next(self._numbers), method, arguments), steps=self._ledger.consumed_steps)
             self._pending[asked.request.number] = asked
             self._child.send(asked.request)
         return asked.future
 
     def _answered(self, answer: Answer) -> None:
         with self._lock:
-            future = self._pending.pop(answer.number).future
-        if isinstance(answer.value, ServersGone):
-            future.set_exception(answer.value)
+            asked, value = self._pending.pop(answer.number), answer.value
+            if asked.again and asked.request.method == "state":
+                value = self._ledger.as_of(asked.steps, value)
+        if isinstance(value, ServersGone):
+            asked.future.set_exception(value)
         else:
-            future.set_result(answer.value)
+            asked.future.set_result(value)
 
     def _ended(self, child: RolloutChild, failure: Failure | None) -> None:
         """A process has ended: start another, or end every call."""
@@ -180,7 +184,6 @@ class RolloutClient:
     def _restart(self) -> None:
         """Another process where the ledger knows the last one was, asked again what that had not answered."""
         start, publications = self._ledger.restart()
-        moved = start.consumed_steps - self._born_after
         self._born_after = start.consumed_steps
         self._child = RolloutChild(start, self._answered, self._ended)
         waiting, self._pending = self._pending, {}
@@ -198,7 +201,7 @@ class RolloutClient:
                 asked.future.set_result(None)  # it starts with newer ones
                 continue
             if method == "state":
-                asked.request = Request(number, method, (max(arguments[0] - moved, 0),))
+                asked.request, asked.again = Request(number, method, (0,)), True
             self._pending[number] = asked
             self._child.send(asked.request)
 

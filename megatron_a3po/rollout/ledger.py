@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_a3po.rollout.messages import Start
-from megatron_a3po.rollout.trajectory import RolloutBatch
+from megatron_a3po.rollout.trajectory import Group, RolloutBatch
 
 NOTHING: dict[str, Any] = {"cursor": 0, "admission_order": [], "finished": []}
 Published = tuple[int, Path]
@@ -25,12 +25,11 @@ class Ledger:
         self._start = start
         self.consumed_steps = start.consumed_steps
         self._state, self._state_steps = start.state, start.consumed_steps
-        self._consumed: list[tuple[int, list[int]]] = []  # (step, prompt indices) since the state
+        self._consumed: dict[int, list[Group]] = {}  # by step, since the state
         self._published: dict[int, Path] = {start.first_version: start.weights_dir}
 
     def consume(self, batch: RolloutBatch) -> None:
-        indices = [group.prompt_index for group in batch.groups]
-        self._consumed.append((self.consumed_steps, indices))
+        self._consumed[self.consumed_steps] = batch.groups
         self.consumed_steps += 1
 
     def publish(self, version: int, directory: Path) -> None:
@@ -43,7 +42,24 @@ class Ledger:
         """A state that was asked for after `steps` batches."""
         if steps >= self._state_steps:
             self._state, self._state_steps = state, steps
-            self._consumed = [one for one in self._consumed if one[0] >= steps]
+            self._consumed = {step: groups for step, groups in self._consumed.items() if step >= steps}
+
+    def as_of(self, steps: int, state: dict[str, Any]) -> dict[str, Any]:
+        """A state that was asked for after `steps` batches, of what a process says that was started later: with the
+        batches taken in between, and without what later weights have generated, which its checkpoint does not know."""
+        producer = dict(state["producer"])
+        since = {step: groups for step, groups in self._consumed.items() if step >= steps}
+        if "waiting" in producer:
+            last = steps + (self._start.config.rollout.fixed_staleness or 0)
+            waiting = {**since, **{int(step): groups for step, groups in producer["waiting"].items()}}
+            producer["waiting"] = {step: groups for step, groups in waiting.items() if step <= last}
+        else:
+            taken = [group for groups in since.values() for group in groups]
+            known = [*taken, *producer["finished"]]
+            producer["finished"] = [group for group in known if group.newest_version <= steps]
+            indices = [group.prompt_index for group in taken]
+            producer["admission_order"] = [*indices, *producer["admission_order"]]
+        return {**state, "producer": producer}
 
     def restart(self) -> tuple[Start, list[Published]]:
         """What a new process starts with, and the versions to publish to it then, one after the other."""
@@ -68,7 +84,7 @@ class Ledger:
     def _continuous(self) -> dict[str, Any]:
         """The last state without what has been consumed since; whatever was admitted since is under way."""
         state = self._state["producer"] if self._state else NOTHING
-        consumed = {index for _, indices in self._consumed for index in indices}
+        consumed = {group.prompt_index for groups in self._consumed.values() for group in groups}
         cursor = max([state["cursor"], *(index + 1 for index in consumed)])
         since = range(state["cursor"], cursor)
         return {

@@ -59,6 +59,10 @@ class Group:
         return min(trajectory.oldest_version for trajectory in self.trajectories)
 
     @property
+    def newest_version(self) -> int:
+        return max(int(trajectory.versions.max()) for trajectory in self.trajectories)
+
+    @property
     def has_signal(self) -> bool:
         """Whether the rewards differ. Equal rewards give every sample an advantage of exactly 0."""
         return len({trajectory.reward for trajectory in self.trajectories}) > 1
