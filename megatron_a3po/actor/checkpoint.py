@@ -28,6 +28,7 @@ from megatron_a3po.actor.model import TargetPolicy, unwrap
 from megatron_a3po.actor.optimizer import Optimizer
 from megatron_a3po.actor.snapshot import HostMemory, Snapshot, take
 from megatron_a3po.errors import InputError
+from megatron_a3po.lifetime import kill_point
 from megatron_a3po.weights.aside import WrittenFile
 from megatron_a3po.weights.contents import Contents
 from megatron_a3po.weights.megatron_checkpoint import BACKENDS, CONTENT_METADATA, describe
@@ -87,7 +88,9 @@ def write(state: Snapshot, directory: Path, rank: int) -> Written:
             contents.add(file, piece.key, piece.full_size, piece.offset, piece.tensor)
         for key, value in state.objects:
             contents.add_object(file, key, value)
+        kill_point("before_fsync")
         file.sync()
+        kill_point("after_fsync")
         assert file.checksum is not None
         return Written(name, file.checksum, contents)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_a3po.lifetime import kill_point
 from megatron_a3po.rollout.engines.base import RolloutEngine, Sample, SampleRequest
 from megatron_a3po.rollout.prompts import Prompt
 from megatron_a3po.rollout.rewards.scorer import Scorer
@@ -43,6 +44,7 @@ class GroupSampler:
         """An aborted response is generated again, from its beginning and with the same random numbers."""
         requests = [self._request(prompt, sample) for prompt, sample in keys]
         samples = await self.engine.generate(requests)
+        kill_point("generated")
         while aborted := [i for i, sample in enumerate(samples) if sample.finish_reason == "abort"]:
             self.counters.aborted += len(aborted)
             again = await self.engine.generate([requests[i] for i in aborted])

@@ -30,6 +30,7 @@ from megatron_a3po.actor.actor import Actor
 from megatron_a3po.actor.checkpoint import Written
 from megatron_a3po.actor.snapshot import HostMemory, Snapshot
 from megatron_a3po.config import Config, to_yaml
+from megatron_a3po.lifetime import kill_point
 from megatron_a3po.trainer.attempt import Attempt
 from megatron_a3po.trainer.recovery import FORMAT, PREFIX, ROLLOUTS, checkpoints_of
 from megatron_a3po.trainer.rollout_state import write_rollout_state
@@ -63,10 +64,13 @@ class Checkpoint:
 
     def complete(self, checksums: dict[str, str]) -> None:
         """Rank 0, once everything is written: the manifest, the disk, the final name."""
+        kill_point("before_manifest")
         write_manifest(self.aside, FORMAT, {f"actor/{name}": one for name, one in checksums.items()})
         make_durable(self.aside)
+        kill_point("before_rename")
         self.attempt.refuse_if_fenced()
         put_in_place(self.aside, self.final)
+        kill_point("after_rename")
         sync(self.final.parent)
 
     def forget_others(self, keep_last: int, keep_every: int | None) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_a3po.actor.grid import Grid
 from megatron_a3po.config import Config
 from megatron_a3po.errors import A3POError, InputError
-from megatron_a3po.lifetime import StopWish
+from megatron_a3po.lifetime import StopWish, kill_point
 from megatron_a3po.rollout.client import RolloutClient
 from megatron_a3po.trainer.attempt import Attempt
 from megatron_a3po.trainer.batch import Batch, batch_path, check_replayed, load_batch
@@ -51,6 +51,7 @@ class LiveSource:
         assert self.client is not None
         deadline = time.monotonic() + timeout_s
         while not self.stop.wished:
+            kill_point("generation")
             try:
                 rollouts = self.client.next_batch(version, timeout_s=POLL_S)
             except TimeoutError:

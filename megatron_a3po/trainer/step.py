@@ -18,6 +18,7 @@ from megatron_a3po.actor.packing import AlignedSequence, MicroBatch
 from megatron_a3po.actor.reference import Reference
 from megatron_a3po.algorithm.metric_table import QUANTITIES, report
 from megatron_a3po.algorithm.statistics import Statistics
+from megatron_a3po.lifetime import kill_point
 from megatron_a3po.trainer.clock import Clock
 from megatron_a3po.trainer.method import Method
 from megatron_a3po.trainer.shown import Shown
@@ -67,6 +68,7 @@ def train_step(
         # A mini-batch whose every sequence was masked has nothing to learn from.
         if pack:
             _update(actor, number, pack, method, measured, clock, shown)
+            kill_point("mid_update")
     measured.tokens_forwarded = actor.tokens_forwarded - forwarded_before
     measured.tokens = sum(sum(len(s) for s in mb.sequences) for pack in packs for mb in pack)
     with clock("metrics"):
