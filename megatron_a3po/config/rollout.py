@@ -10,6 +10,7 @@ DEFAULT_MAX_STALENESS = 1
 DEFAULT_SEGMENT_TOKENS = 512
 DEFAULT_SERVER_TIMEOUT_S = 600.0
 DEFAULT_CANARY_EVERY = 50
+DEFAULT_BUCKET_BYTES = 256 * 2**20
 
 
 class RolloutSection(Section):
@@ -50,6 +51,17 @@ class RolloutSection(Section):
     canary_every: int | None = Field(default=None, ge=1)
     """vllm: after the first publication and every so many (50 when left out) each server's log-probs are
     compared with the trainer's; a difference ends the run."""
+
+    weight_transport: Literal["files", "collective"] | None = None
+    """vllm: how published weights reach the servers. `files` (when left out): they read them from run_dir;
+    `collective`: the trainer sends them to the workers of all servers at once, over NCCL or, without GPUs, gloo."""
+
+    weight_staging: Literal["none", "host"] | None = None
+    """vllm: `none` (when left out): a server stands still while it receives weights; `host`: it receives them
+    into host memory while it generates, one model for each of its workers, and stands still to load them."""
+
+    weight_bucket_bytes: int | None = Field(default=None, ge=1)
+    """vllm, collective: tensors travel together in so many bytes (256 MiB when left out)."""
 
     samples_per_prompt: int = Field(default=8, ge=1)
     """Responses to each prompt: the size of a group."""
@@ -114,6 +126,21 @@ class RolloutSection(Section):
     def timeout_s(self) -> float:
         """What holds of server_timeout_s."""
         return self.server_timeout_s or DEFAULT_SERVER_TIMEOUT_S
+
+    @property
+    def transport(self) -> Literal["files", "collective"]:
+        """What holds of weight_transport."""
+        return self.weight_transport or "files"
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether servers receive weights into host memory first."""
+        return self.weight_staging == "host"
+
+    @property
+    def bucket_bytes(self) -> int:
+        """What holds of weight_bucket_bytes."""
+        return self.weight_bucket_bytes or DEFAULT_BUCKET_BYTES
 
     @property
     def canary_period(self) -> int:

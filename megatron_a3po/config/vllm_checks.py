@@ -25,6 +25,9 @@ OF_SERVERS = (
     "on_update",
     "server_timeout_s",
     "canary_every",
+    "weight_transport",
+    "weight_staging",
+    "weight_bucket_bytes",
 )
 OLDEST = (0, 32)
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -71,6 +74,12 @@ def vllm_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("rollout.token_file", *keys),
             "rollout.token_file is given, but launched servers get a token of their own: leave it out.",
+        )
+    if rollout.weight_bucket_bytes is not None and rollout.transport == "files":
+        yield Problem(
+            ("rollout.weight_bucket_bytes", "rollout.weight_transport"),
+            "rollout.weight_bucket_bytes is given, but files are not sent in buckets: leave it out, or set "
+            "rollout.weight_transport=collective.",
         )
     yield from _urls(rollout.servers)
     if rollout.fixed_staleness is not None:

@@ -1,0 +1,1 @@
+../../../../weights/transports/channel.py
