@@ -81,6 +81,21 @@ TRAINING = (
         "rises",
     ),
     Metric("evaluation/version", "version of the weights that accuracy is of", "a few steps back"),
+    Metric(
+        "memory/rank_bytes",
+        "the most memory a trainer rank has had resident since it started, of all ranks",
+        "does not grow",
+    ),
+    Metric(
+        "memory/rollout_bytes",
+        "the same of the rollout process, its engine `local` included",
+        "does not grow",
+    ),
+    Metric(
+        "memory/device_bytes",
+        "the most memory torch has allocated on a GPU during the step, of all ranks; absent without GPUs",
+        "steady",
+    ),
     Metric("time/<part>", "seconds spent in one part of the step", "most of them in forward and backward"),
     Metric("time/step", "seconds of the whole step, from the row before to this one", "steady"),
 )

@@ -28,6 +28,7 @@ def config_problems(config: Config, world_size: int | None = None) -> Iterator[P
     yield from _optimizer(config)
     yield from _lengths(config)
     yield from _evaluation(config)
+    yield from _trace(config)
     yield from world_size_problems(config, world_size)
 
 
@@ -272,6 +273,16 @@ def _lengths(config: Config) -> Iterator[Problem]:
             f"actor.max_tokens_per_micro_batch is {limit}, but one trajectory may have {longest} tokens "
             "(data.max_prompt_tokens + rollout.max_response_tokens): raise it, or lower one of the two.",
         )
+
+
+def _trace(config: Config) -> Iterator[Problem]:
+    match config.trainer.trace:
+        case (first, last) if not 1 <= first <= last <= config.trainer.steps:
+            yield Problem(
+                ("trainer.trace", "trainer.steps"),
+                f"trainer.trace is [{first}, {last}], but must be the first and the last step of a window within "
+                f"1 to trainer.steps={config.trainer.steps}; true takes three steps by itself.",
+            )
 
 
 def _evaluation(config: Config) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ Only json is used, no torch and no transformers.
 import importlib.util
 import re
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from megatron_a3po.config.config import Config
@@ -149,9 +150,23 @@ def _modules(config: Config) -> Iterator[Problem]:
             'actor.transformer_impl is "transformer_engine", but Transformer Engine is not installed: '
             "install it, or leave the key out.",
         )
+    if config.trainer.wandb is not None and not _is_installed("wandb"):
+        yield Problem(
+            ("trainer.wandb",),
+            "trainer.wandb is set, but the package wandb is not installed: install megatron_a3po[wandb], or leave the "
+            "section out.",
+        )
     reward = config.reward
     if isinstance(reward, FunctionReward) and (why := why_not_found(reward.path)):
         yield Problem(("reward.path",), f"reward.path is {shown(reward.path)}, but {why}.")
+
+
+def _is_installed(package: str) -> bool:
+    """By its name on the package index: a folder wandb/ that lies about could be imported too."""
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def _exists(module: str) -> bool:

@@ -3,6 +3,9 @@
 from pydantic import Field
 
 from megatron_a3po.config.section import Section
+from megatron_a3po.config.wandb import WandbSection
+
+TRACED_BY_DEFAULT = (3, 5)
 
 
 class TrainerSection(Section):
@@ -44,3 +47,21 @@ class TrainerSection(Section):
 
     probe_every: int = Field(default=10, ge=1)
     """Steps between probes of sampler against trainer where a step has no token of its own version."""
+
+    trace: bool | tuple[int, int] = False
+    """Write <run_dir>/trace.json, a timeline of a few steps: true is three of them, [first, last] those."""
+
+    wandb: WandbSection | None = None
+    """Mirror metrics.jsonl to Weights & Biases too."""
+
+    @property
+    def traced_steps(self) -> range:
+        """The steps on the timeline; by default from the third on, when the pipeline has filled."""
+        match self.trace:
+            case (first, last):
+                return range(first, last + 1)
+            case True:
+                last = min(TRACED_BY_DEFAULT[1], self.steps)
+                return range(max(last - 2, 1), last + 1)
+            case _:
+                return range(0)

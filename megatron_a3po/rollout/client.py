@@ -21,6 +21,7 @@ from megatron_a3po.errors import A3POError, RolloutError, ServersGone
 from megatron_a3po.rollout.child import RolloutChild
 from megatron_a3po.rollout.ledger import Ledger
 from megatron_a3po.rollout.messages import Answer, Failure, Request, Start
+from megatron_a3po.rollout.spans import Span
 from megatron_a3po.rollout.trajectory import Evaluation, RolloutBatch, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,10 @@ class RolloutClient:
     def sampled_between(self, start: float, end: float) -> int:
         """Number of training tokens sampled in an interval of `time.monotonic`."""
         return self._call("sampled_between", start, end).result()
+
+    def spans(self, start: float, end: float) -> list[Span]:
+        """What the rollout process and its engine did in such an interval."""
+        return self._call("spans", start, end).result()
 
     def stop(self) -> None:
         """End the process; by force if it does not follow."""

@@ -14,6 +14,7 @@ from megatron_a3po.lifetime import kill_point
 from megatron_a3po.rollout.engines.base import RolloutEngine, Sample, SampleRequest
 from megatron_a3po.rollout.prompts import Prompt
 from megatron_a3po.rollout.rewards.scorer import Scorer
+from megatron_a3po.rollout.spans import Spans, name_of
 from megatron_a3po.rollout.statistics import IdleTime, RolloutCounters
 from megatron_a3po.rollout.trajectory import Group, Trajectory
 
@@ -28,15 +29,18 @@ class GroupSampler:
     max_response_tokens: int
     temperature: float
     idle: IdleTime = field(default_factory=IdleTime)
+    spans: Spans = field(default_factory=lambda: Spans("rollout process"))
 
     async def sample(self, prompts: Sequence[Prompt]) -> list[Group | None]:
         """One group for each prompt, None where scoring a sample failed. All samples enter the engine in one piece."""
         keys = [(prompt, sample) for prompt in prompts for sample in range(self.samples_per_prompt)]
-        with self.idle.interrupted():
+        with self.spans("generate a group", f"prompt {prompts[0].index}") as details, self.idle.interrupted():
             samples = await self._generate(keys)
-        trajectories = await asyncio.gather(
-            *(self._score(*key, sample) for key, sample in zip(keys, samples))
-        )
+            details["tokens of"] = name_of(version for sample in samples for version in sample.versions)
+        with self.spans("score a group", f"prompt {prompts[0].index}"):
+            trajectories = await asyncio.gather(
+                *(self._score(*key, sample) for key, sample in zip(keys, samples))
+            )
         n = self.samples_per_prompt
         return [self._group(prompt, trajectories[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
 

@@ -15,6 +15,7 @@ import torch
 
 from megatron_a3po.config import Config, read_model_shape
 from megatron_a3po.errors import ServersGone
+from megatron_a3po.memory import peak_resident_bytes
 from megatron_a3po.rollout.buffer import Buffer
 from megatron_a3po.rollout.continuous import ContinuousProducer
 from megatron_a3po.rollout.engines.base import RolloutEngine, SampleRequest
@@ -27,6 +28,7 @@ from megatron_a3po.rollout.producer import Producer
 from megatron_a3po.rollout.prompts import Prompt, PromptStream, read_examples, tokenize
 from megatron_a3po.rollout.rewards.scorer import Scorer
 from megatron_a3po.rollout.sampler import GroupSampler, trajectory_of
+from megatron_a3po.rollout.spans import Span
 from megatron_a3po.rollout.staleness_gate import StalenessGate
 from megatron_a3po.rollout.statistics import RolloutCounters
 from megatron_a3po.rollout.tokenizer import load_tokenizer
@@ -65,7 +67,7 @@ class RolloutService:
         if start.state is not None:
             self._producer.restore(start.state["producer"], start.first_version)
             self._counters.restore(start.state["counters"])
-        self._idle = sampler.idle
+        self._idle, self._spans = sampler.idle, sampler.spans
         self._evaluating = asyncio.Lock()
         self._updated = asyncio.Condition()
         self._gone: asyncio.Future[ServersGone] = asyncio.get_running_loop().create_future()
@@ -94,7 +96,8 @@ class RolloutService:
     # What the trainer calls.
 
     async def publish(self, version: int, directory: Path) -> None:
-        await self._producer.publish(version, directory)
+        with self._spans("new weights", f"version {version}"):
+            await self._producer.publish(version, directory)
         async with self._updated:
             self._updated.notify_all()
 
@@ -106,6 +109,8 @@ class RolloutService:
         statistics["rollout/lost_requests"] = float(self._engine.take_num_lost())
         statistics["rollout/idle_s"] = self._idle.take()
         statistics["rollout/tokens_per_s"] = num_tokens / (self._batch_time - since)
+        if (memory := peak_resident_bytes()) is not None:
+            statistics["memory/rollout_bytes"] = float(memory)
         self._num_batches += 1
         self._last_batch = (version, groups)
         return RolloutBatch(groups, statistics)
@@ -126,14 +131,15 @@ class RolloutService:
     async def _evaluate(self, version: int, limit: int | None) -> Evaluation:
         async with self._evaluating:
             await self._wait_for_version(version)
-            return await evaluate(
-                self._engine,
-                self._scorer,
-                self._tokenizer,
-                self._held_out[:limit],
-                max_response_tokens=self._config.rollout.max_response_tokens,
-                temperature=self._config.rollout.temperature,
-            )
+            with self._spans("evaluation", f"version {version}"):
+                return await evaluate(
+                    self._engine,
+                    self._scorer,
+                    self._tokenizer,
+                    self._held_out[:limit],
+                    max_response_tokens=self._config.rollout.max_response_tokens,
+                    temperature=self._config.rollout.temperature,
+                )
 
     async def probe(self, version: int, prompt_index: int) -> Trajectory:
         """A greedy response whose tokens are all of one version, `version` or the newest."""
@@ -158,6 +164,9 @@ class RolloutService:
 
     async def sampled_between(self, start: float, end: float) -> int:
         return self._engine.sampled_between(start, end)
+
+    async def spans(self, start: float, end: float) -> list[Span]:
+        return [*self._spans.between(start, end), *self._engine.spans(start, end)]
 
     async def _unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
         """What `work` gives, at once or later; ServersGone where it would wait for servers that do not come back."""

@@ -13,6 +13,7 @@ from megatron_a3po.config.difference import flat
 from megatron_a3po.errors import A3POError
 from megatron_a3po.rollout.trajectory import Evaluation
 from megatron_a3po.trainer.health import Health
+from megatron_a3po.trainer.mirror import Mirror
 from megatron_a3po.trainer.progress import Display
 from megatron_a3po.trainer.recording import Recorder, read_metrics
 from megatron_a3po.trainer.shown import Shown
@@ -35,6 +36,7 @@ class Journal:
         self.warm_start_recorder = (
             Recorder(self.run_dir / "warm_start", attempt=attempt) if config.warm_start else None
         )
+        self.mirror = Mirror(self.run_dir) if config.trainer.wandb else None
         self.health = Health(flat(config.model_dump(mode="json")))
         for row in read_metrics(self.run_dir):  # of earlier attempts: what they said is said
             self.health.see(row)
@@ -52,6 +54,8 @@ class Journal:
         for recorder in (self.recorder, self.warm_start_recorder):
             if recorder is not None:
                 recorder.close()
+        if self.mirror is not None:
+            self.mirror.close()
 
     def warm_start(self, step: int, steps: int, metrics: dict[str, Any]) -> None:
         """A supervised step's row."""

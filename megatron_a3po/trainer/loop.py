@@ -15,6 +15,7 @@ from megatron_a3po.config import Config
 from megatron_a3po.errors import OutputError, TrainingError
 from megatron_a3po.logs import StepFilter
 from megatron_a3po.rollout.client import RolloutClient
+from megatron_a3po.rollout.spans import Span
 from megatron_a3po.trainer.attempt import Attempt
 from megatron_a3po.trainer.batch import Batch, align, batch_path, save_batch
 from megatron_a3po.trainer.canary import prove_update
@@ -26,6 +27,7 @@ from megatron_a3po.trainer.saving import Saving
 from megatron_a3po.trainer.shown import Shown
 from megatron_a3po.trainer.source import Source, from_main
 from megatron_a3po.trainer.step import train_step
+from megatron_a3po.trainer.trace import follow
 from megatron_a3po.weights.publishing import forget_old_versions, version_directory
 
 
@@ -56,6 +58,7 @@ class Run:
     reference: Reference | None = None
     num_published: int = 0
     clock: Clock = field(default_factory=Clock)
+    timeline: list[Span] = field(default_factory=list)  # of this rank, in the steps of `trainer.trace`
 
     @property
     def run_dir(self) -> Path:
@@ -85,6 +88,7 @@ def train(run: Run) -> bool:
                 publish(run)
                 prove_update(run)
         metrics |= probe(run, metrics)
+        follow(run)
         write_down(run, batch, shown, metrics)
         stop_where_nothing_is_learned(run, metrics)
         with run.clock("checkpoint"):

@@ -1,14 +1,15 @@
 """What a run leaves behind as it goes: metrics.jsonl, TensorBoard event files, samples.jsonl. And the one reader of it.
 
+metrics.jsonl is the source of truth; `tensorboard.py` and `mirror.py` (Weights & Biases) follow it and hold nothing up.
 `read_metrics` needs no torch: reports are made where nothing else is installed. What is written at the end is in
 `summary.py`, what a person watches meanwhile in `progress.py`.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_a3po.trainer.json_lines import JsonLines, plain, read_rows
+from megatron_a3po.trainer.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from megatron_a3po.trainer.shown import Decoder, Shown
@@ -22,25 +23,17 @@ class Recorder:
     """Writes into a run directory, or into its warm_start/. `attempt` counts the starts of the run."""
 
     def __init__(self, run_dir: Path, *, attempt: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._run_dir = run_dir
         self._attempt = attempt
         self._metrics = JsonLines(run_dir / METRICS)
         self._samples: JsonLines | None = None
-        self._make_writer = partial(SummaryWriter, str(run_dir / TENSORBOARD))
-        self._writer: SummaryWriter | None = None
+        self._tensorboard = TensorBoard(run_dir / TENSORBOARD)
 
     def record(self, step: int, version: int, metrics: dict[str, Any]) -> None:
-        """One row, durable when this returns. Numbers go to TensorBoard too; histograms and nulls do not."""
+        """One row, durable when this returns; its numbers go to TensorBoard too."""
         row = plain({"step": step, "version": version, "attempt": self._attempt, **metrics})
         self._metrics.append(row)
-        if self._writer is None:
-            # A resumed run takes some steps again: TensorBoard then forgets those of the attempt before.
-            self._writer = self._make_writer(purge_step=step)
-        for name, value in row.items():
-            if name in metrics and isinstance(value, int | float):
-                self._writer.add_scalar(name, value, step)
+        self._tensorboard.add(step, {name: row[name] for name in metrics})
 
     def samples(self, step: int, version: int, shown: "Shown", tokenizer: "Decoder") -> None:
         """A row for each trajectory the step shows."""
@@ -50,7 +43,7 @@ class Recorder:
             self._samples.append({"step": step, "current_version": version, **row})
 
     def close(self) -> None:
-        for file in (self._metrics, self._samples, self._writer):
+        for file in (self._metrics, self._samples, self._tensorboard):
             if file is not None:
                 file.close()
 

@@ -19,6 +19,7 @@ from megatron_a3po.actor.reference import Reference
 from megatron_a3po.algorithm.metric_table import QUANTITIES, report
 from megatron_a3po.algorithm.statistics import Statistics
 from megatron_a3po.lifetime import kill_point
+from megatron_a3po.memory import peak_resident_bytes
 from megatron_a3po.trainer.clock import Clock
 from megatron_a3po.trainer.method import Method
 from megatron_a3po.trainer.shown import Shown
@@ -127,7 +128,12 @@ def _gathered(actor: Actor, measured: Measured) -> dict[str, float]:
     spoken = 1.0 if speaks else 0.0
     mask = torch.tensor([spoken] * num_updates + [1.0, 1.0], dtype=torch.float64)
     own = torch.cat(
-        [measured.statistics.table.flatten(), (losses * spoken).to(device), (counts * mask).to(device)]
+        [
+            measured.statistics.table.flatten(),
+            (losses * spoken).to(device),
+            (counts * mask).to(device),
+            peak_memory(device).to(device),
+        ]
     ).contiguous()
     everyone = [torch.empty_like(own) for _ in range(actor.grid.world_size)]
     dist.all_gather(everyone, own)
@@ -135,7 +141,7 @@ def _gathered(actor: Actor, measured: Measured) -> dict[str, float]:
 
     size = measured.statistics.table.numel()
     tables = gathered[:, :size].unflatten(1, (len(QUANTITIES), 4))
-    rest = gathered[:, size:].sum(0)
+    rest = gathered[:, size:-2].sum(0)
     loss_sums, denominators = rest[:num_updates], rest[num_updates : 2 * num_updates]
     forwarded, tokens = rest[2 * num_updates :].tolist()
     metrics = report(Statistics.merged(QUANTITIES, tables))
@@ -144,7 +150,18 @@ def _gathered(actor: Actor, measured: Measured) -> dict[str, float]:
         metrics["grad_norm"] = float(np.mean(measured.grad_norms))
         metrics["forwards_per_token"] = forwarded / tokens
     metrics["steps_skipped"] = float(measured.skipped)
-    return metrics
+    largest = dict(zip(("rank", "device"), gathered[:, -2:].amax(0).tolist()))
+    return metrics | {f"memory/{of}_bytes": value for of, value in largest.items() if value > 0}
+
+
+def peak_memory(device: torch.device) -> Tensor:
+    """The most bytes this process has had resident, and the most allocated on its GPU since the last call; 0 where
+    nobody knows."""
+    allocated = 0
+    if device.type == "cuda":
+        allocated = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    return torch.tensor([peak_resident_bytes() or 0, allocated], dtype=torch.float64)
 
 
 def _of_batch(mini_batches: list[list[AlignedSequence]]) -> dict[str, Any]:

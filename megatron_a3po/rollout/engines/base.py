@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_a3po.rollout.spans import Span
 from megatron_a3po.rollout.trajectory import FinishReason
 
 
@@ -63,6 +64,10 @@ class RolloutEngine(Protocol):
 
     def sampled_between(self, start: float, end: float) -> int:
         """Number of training tokens sampled in an interval of `time.monotonic`."""
+        ...
+
+    def spans(self, start: float, end: float) -> list[Span]:
+        """What it generated in such an interval, and when it took new weights."""
         ...
 
     async def failed(self) -> None:

@@ -14,7 +14,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,10 +27,23 @@ from megatron_a3po.errors import RolloutError
 from megatron_a3po.rollout.engines.base import Sample, SampleRequest
 from megatron_a3po.rollout.engines.decoder import Decoder, Finished
 from megatron_a3po.rollout.engines.weight_files import check_weights, copy_weights, read_weights
+from megatron_a3po.rollout.spans import Span, Spans
 
 logger = logging.getLogger(__name__)
 
 REMEMBERED_STEPS = 100_000
+NAME = "local engine"
+PAUSE_S = 0.005  # steps further apart are two spans of the timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One token for each of `num_tokens` responses."""
+
+    begun: float
+    ended: float
+    num_tokens: int
+    version: int
 
 
 class LocalEngine:
@@ -62,7 +76,8 @@ class LocalEngine:
         self._new_weights: tuple[int, dict[str, Tensor]] | None = None
         self._updates: list[tuple[int, asyncio.Future[int]]] = []
         self._closing = False
-        self._steps: deque[tuple[float, int]] = deque(maxlen=REMEMBERED_STEPS)
+        self._steps: deque[Step] = deque(maxlen=REMEMBERED_STEPS)
+        self._spans = Spans(NAME)
         # Futures belong to the event loop, which fails them all if the thread dies.
         self._outstanding: set[asyncio.Future[Any]] = set()
         self._failed: asyncio.Future[None] = self._loop.create_future()
@@ -100,9 +115,11 @@ class LocalEngine:
         return 0
 
     def sampled_between(self, start: float, end: float) -> int:
-        latest_first = reversed(list(self._steps))
-        since_start = itertools.takewhile(lambda step: step[0] >= start, latest_first)
-        return sum(tokens for moment, tokens in since_start if moment <= end)
+        return sum(step.num_tokens for step in self._steps_since(start) if step.ended <= end)
+
+    def spans(self, start: float, end: float) -> list[Span]:
+        steps = [step for step in self._steps_since(start) if step.begun < end]
+        return [*self._spans.between(start, end), *bursts(reversed(steps))]
 
     async def failed(self) -> None:
         await asyncio.shield(self._failed)
@@ -112,6 +129,10 @@ class LocalEngine:
             self._closing = True
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
+
+    def _steps_since(self, start: float) -> Iterator[Step]:
+        """Those that ended after `start`, the latest first."""
+        return itertools.takewhile(lambda step: step.ended >= start, reversed(list(self._steps)))
 
     def _raise_if_failed(self) -> None:
         if self._failed.done():
@@ -139,9 +160,10 @@ class LocalEngine:
             while self._wait_for_work():
                 self._take_weights()
                 self._take_requests()
+                begun = time.monotonic()
                 finished = self._training.step(self._version)
                 if num_tokens := self._training.num_active + len(finished):
-                    self._steps.append((time.monotonic(), num_tokens))
+                    self._steps.append(Step(begun, time.monotonic(), num_tokens, self._version))
                 self._deliver(finished)
                 self._step_evaluation()
             self._deliver(self._training.abort())
@@ -166,7 +188,7 @@ class LocalEngine:
             weights, self._new_weights = self._new_weights, None
             updates, self._updates = self._updates, []
         if weights is not None and weights[0] > self._version:
-            with torch.no_grad():
+            with self._spans("new weights", f"version {weights[0]}"), torch.no_grad():
                 copy_weights(self._model, weights[1])
             self._version = weights[0]
             self._training.invalidate()
@@ -208,6 +230,19 @@ def load_model(directory: Path, dtype: torch.dtype, device: str | None = None) -
         if names := sorted(map(str, report.get(problem, ()))):
             raise RolloutError(f"{directory}: {problem.replace('_', ' ')} in the checkpoint: {names[:5]}.")
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def bursts(steps: Iterable[Step]) -> list[Span]:
+    """Steps under one version without a pause between them, as one span."""
+    found: list[Span] = []
+    for step in steps:
+        name = f"version {step.version}"
+        begun, num_tokens = step.begun, step.num_tokens
+        if found and found[-1].name == name and step.begun - found[-1].end < PAUSE_S:
+            last = found.pop()
+            begun, num_tokens = last.start, last.details["tokens"] + num_tokens
+        found.append(Span(NAME, "decoding", name, begun, step.ended, {"tokens": num_tokens}))
+    return found
 
 
 def _resolve(future: "asyncio.Future[Any]", value: object) -> None:

@@ -20,6 +20,7 @@ import torch
 from megatron_a3po.config import Config, read_model_shape
 from megatron_a3po.errors import RolloutError
 from megatron_a3po.rollout.engines.base import Sample, SampleRequest
+from megatron_a3po.rollout.spans import Span, name_of
 from megatron_a3po.rollout.trajectory import FinishReason
 from megatron_a3po.rollout.vllm.fleet import Fleet
 from megatron_a3po.rollout.vllm.places import GivenPlace, LaunchedPlace, Place, new_token_file
@@ -94,7 +95,7 @@ class VllmEngine:
         self._greedy_slots = asyncio.Semaphore(max(1, max_concurrent_samples // EVALUATION_SHARE))
         self._closing = False
         self._num_lost = 0
-        self._segments: deque[tuple[float, float, int]] = deque(maxlen=REMEMBERED_SEGMENTS)
+        self._segments: deque[Span] = deque(maxlen=REMEMBERED_SEGMENTS)
         self._running = asyncio.create_task(fleet.run(), name="vllm servers")
 
     @property
@@ -129,11 +130,14 @@ class VllmEngine:
     def sampled_between(self, start: float, end: float) -> int:
         """A segment's tokens count as spread evenly over the time it took."""
         total = 0.0
-        for begun, ended, num_tokens in self._segments:
-            overlap = min(end, ended) - max(start, begun)
+        for segment in self._segments:
+            overlap = min(end, segment.end) - max(start, segment.start)
             if overlap > 0:
-                total += num_tokens * overlap / max(ended - begun, 1e-9)
+                total += segment.details["tokens"] * overlap / max(segment.end - segment.start, 1e-9)
         return round(total)
+
+    def spans(self, start: float, end: float) -> list[Span]:
+        return [segment for segment in self._segments if segment.touches(start, end)]
 
     async def failed(self) -> None:
         await asyncio.shield(self._running)
@@ -174,7 +178,8 @@ class VllmEngine:
                 await self._fleet.evict(server, error)
             return None
         if not request.greedy:
-            self._segments.append((begun, time.monotonic(), len(segment.tokens)))
+            name, tokens = name_of(segment.versions), {"tokens": len(segment.tokens)}
+            self._segments.append(Span(f"vLLM {server}", "segments", name, begun, time.monotonic(), tokens))
         return segment
 
 
