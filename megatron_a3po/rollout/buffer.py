@@ -71,6 +71,14 @@ class Buffer:
         return ready
 
     @property
+    def num_unfinished(self) -> int:
+        return len(self._unfinished)
+
+    @property
+    def num_finished(self) -> int:
+        return len(self._finished)
+
+    @property
     def unfinished(self) -> list[int]:
         """Prompt indices under way, in the order of their admission."""
         return list(self._unfinished)

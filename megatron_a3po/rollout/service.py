@@ -16,6 +16,7 @@ import torch
 from megatron_a3po.config import Config, read_model_shape
 from megatron_a3po.errors import ServersGone
 from megatron_a3po.memory import peak_resident_bytes
+from megatron_a3po.rollout.appetite import Appetite
 from megatron_a3po.rollout.buffer import Buffer
 from megatron_a3po.rollout.continuous import ContinuousProducer
 from megatron_a3po.rollout.engines.base import RolloutEngine, SampleRequest
@@ -215,4 +216,7 @@ def create_producer(
         return WaveProducer(sampler, prompts, schedule)
     gate = StalenessGate(rollout.bound, groups_per_step, consumed=consumed_steps * groups_per_step)
     buffer = Buffer(rollout.policy, rollout.bound, groups_per_step)
-    return ContinuousProducer(sampler, prompts, gate, buffer, drops_no_signal=rollout.drops_no_signal)
+    appetite = Appetite(groups_per_step)
+    return ContinuousProducer(
+        sampler, prompts, gate, buffer, appetite, drops_no_signal=rollout.drops_no_signal
+    )

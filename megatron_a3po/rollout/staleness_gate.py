@@ -4,7 +4,8 @@
 
 `version` is the one the engines serve and `admitted` counts consumed groups too. A group that will never be trained on
 (filtered, failed, evicted) gives its slot back. Alone the rule does *not* bound staleness: a straggler is overtaken by
-groups admitted after it. The policies in `buffer.py` make a bound of it.
+groups admitted after it. The policies in `buffer.py` make a bound of it. And it is a bound, not an aim: when within it
+a group starts is decided in `appetite.py`.
 """
 
 
@@ -21,6 +22,11 @@ class StalenessGate:
 
     def may_admit(self, version: int) -> bool:
         return self.admitted < self.limit(version)
+
+    def is_next(self, version: int) -> bool:
+        """Whether the next group is of a batch that `version` or the one after it trains on: while the trainer steps,
+        nobody can make it younger by starting it later."""
+        return self.admitted < (version + 2) * self.groups_per_step
 
     def admit(self) -> None:
         self.admitted += 1

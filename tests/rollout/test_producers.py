@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_a3po.errors import RewardError, RolloutError
+from megatron_a3po.rollout.appetite import Appetite
 from megatron_a3po.rollout.buffer import Buffer, StalenessPolicy
 from megatron_a3po.rollout.continuous import ContinuousProducer
 from megatron_a3po.rollout.engines.base import Sample, SampleRequest
@@ -73,6 +74,7 @@ def continuous(
         PromptStream(PROMPTS, seed=1),
         StalenessGate(eta, GROUPS_PER_STEP, consumed),
         Buffer(policy, eta, GROUPS_PER_STEP),
+        Appetite(GROUPS_PER_STEP),
         drops_no_signal=True,
     )
 
