@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """The comparison behind A-3PO in one command: the same task under each method and staleness, from one warm start.
 
     tools/reproduce.py CONFIG --out DIR                  loglinear, linear, recompute, coupled at staleness 0, 2, 8
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import datetime
 import io
+import json
 import os
 import platform
 import shlex
@@ -48,7 +50,7 @@ from reproduce_cells import (  # noqa: E402
     last_words,
     run_command,
 )
-from reproduce_results import read_results, write_rows  # noqa: E402
+from reproduce_results import program_rows, read_results, write_rows  # noqa: E402
 from reproduce_tables import tables  # noqa: E402
 
 from megatron_a3po.trainer.recovery import write_aside  # noqa: E402
@@ -221,6 +223,8 @@ def write_results(arguments: argparse.Namespace) -> None:
     from reproduce_plots import draw
 
     write_rows(rows, out / "results.json", out / "results.csv")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(program_rows(rows), indent=1) + "\n")
     plots = draw(rows, out / "cells", out)
     written = [f"## {title}\n\n{table}\n" for title, table in tables(rows)]
     pictures = [f"![{plot.stem}]({plot.name})\n" for plot in plots]
@@ -270,6 +274,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--asynchronous", action="store_true", help="the asynchronous gain instead")
     parser.add_argument("--bounds", default=[1, 2, 4, 8], help="of the asynchronous gain", **number)
     parser.add_argument("--tables-only", action="store_true", help="results of what is there; run nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times of a step there, as rows")
     arguments = parser.parse_args(argv)
     arguments.command = shlex.join(["tools/reproduce.py", *(sys.argv[1:] if argv is None else argv)])
     return arguments

@@ -9,12 +9,24 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from reproduce_results import ANCHORS, MEANS, PUBLISHED, Row, Setting, mean_and_spread, over_seeds
+from reproduce_cells import COMPARED
+from reproduce_results import (
+    ANCHORS,
+    MEANS,
+    PARTS,
+    PUBLISHED,
+    PUBLISHED_STALENESS,
+    Row,
+    Setting,
+    mean_and_spread,
+    over_seeds,
+)
 
 from megatron_a3po.trainer.recording import read_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.ticker import ScalarFormatter
 
 COLOURS = {"loglinear": "C0", "linear": "C2", "recompute": "C1", "coupled": "C3", "rollout": "C7"}
 SMOOTHED_STEPS = 5
@@ -34,6 +46,7 @@ def draw(rows: Sequence[Row], cells: Path, folder: Path) -> list[Path]:
     for m in sorted({key.mini_batches for key in compared}):
         of_m = {key: found for key, found in compared.items() if key.mini_batches == m}
         files.append(_curves(of_m, cells, folder / f"curves-m{m}.png"))
+        files.append(_time(of_m, folder / f"time-m{m}.png"))
     if errors := {key: found for key, found in settings.items() if key.method == "metrics"}:
         files.append(_errors(errors, folder / "errors.png"))
     if gain := {key: found for key, found in settings.items() if key.gain}:
@@ -52,7 +65,7 @@ def _curves(settings: dict[Setting, list[Row]], cells: Path, path: Path) -> Path
         axes[0][column].set_title(f"{'bound' if free else 'staleness'} {staleness}", fontsize=9)
         shown = {
             key: [read_metrics(cells / row["name"]) for row in found]
-            for key, found in settings.items()
+            for key, found in sorted(settings.items(), key=lambda item: COMPARED.index(item[0].method))
             if (key.mode != "fixed", key.staleness) == (free, staleness)
         }
         for axis, (title, metric) in zip(axes[:, column], CURVES.items(), strict=True):
@@ -60,7 +73,10 @@ def _curves(settings: dict[Setting, list[Row]], cells: Path, path: Path) -> Path
                 _line(axis, runs, metric, COLOURS[key.method], key.method)
             if metric == MEANS["importance_weight_max"]:
                 axis.set_yscale("log")
-                for method in ("loglinear", "recompute"):
+                axis.yaxis.set_major_formatter(ScalarFormatter())
+                axis.yaxis.set_minor_formatter(ScalarFormatter())
+                axis.tick_params(which="minor", labelsize=6)
+                for method in ("loglinear", "recompute") if staleness == PUBLISHED_STALENESS else ():
                     level = PUBLISHED[method]["importance_weight_max"]
                     axis.axhline(level, color=COLOURS[method], linewidth=0.7, linestyle=":")
             axis.tick_params(labelsize=7)
@@ -83,6 +99,27 @@ def _line(axis: Any, runs: list[list[Row]], metric: str, colour: str, label: str
     axis.plot(steps, smooth.mean(0), color=colour, linewidth=1.2, label=label)
     if len(runs) > 1:
         axis.fill_between(steps, smooth.min(0), smooth.max(0), color=colour, alpha=0.15, linewidth=0)
+
+
+def _time(settings: dict[Setting, list[Row]], path: Path) -> Path:
+    """A bar for each method and staleness: the parts of a step, medians over steps, means over seeds."""
+    keys = sorted(
+        settings, key=lambda key: (key.mode, key.staleness, COMPARED.index(key.method)), reverse=True
+    )
+    figure, axis = pyplot.subplots(figsize=(7, 0.3 * len(keys) + 1))
+    names = [
+        f"{key.method}, {'staleness' if key.mode == 'fixed' else 'bound'} {key.staleness}" for key in keys
+    ]
+    ends = np.zeros(len(keys))
+    for part in PARTS:
+        found = [mean_and_spread(settings[key], f"{part}_s") for key in keys]
+        seconds = np.array([value[0] if value else 0.0 for value in found])
+        axis.barh(names, seconds, left=ends, label=part.replace("_", " "))
+        ends += seconds
+    axis.set_xlabel("seconds of a step", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.4, 1), ncols=len(PARTS))
+    return _saved(figure, path)
 
 
 def _errors(settings: dict[Setting, list[Row]], path: Path) -> Path:

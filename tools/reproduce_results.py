@@ -45,6 +45,7 @@ MEANS = {
 
 # Qwen2.5-1.5B-Instruct, GSM8K, 300 steps, staleness 8, batch 256 x 4, 4 mini-batches, 1,024 response tokens. Their
 # recompute passes over every token, as `forced` does here.
+PUBLISHED_STALENESS = 8
 PUBLISHED: dict[str, Row] = {
     "loglinear": {
         "minutes": 163,
@@ -145,6 +146,21 @@ def mean_and_spread(rows: Iterable[Row], name: str) -> tuple[float, float] | Non
 def median_of(rows: list[Row], name: str) -> float | None:
     values = [row[name] for row in rows if row.get(name) is not None]
     return statistics.median(values) if values else None
+
+
+def program_rows(rows: Iterable[Row]) -> list[Row]:
+    """As the benchmarks write them: a row for each setting, `ratio` being the time of a step to loglinear's."""
+    steps: dict[str, dict[str, float]] = {}
+    for key, found in over_seeds(rows).items():
+        age = f"{'staleness' if key.mode == 'fixed' else f'{key.policy}, bound'} {key.staleness}"
+        case = f"{'gain, ' if key.gain else ''}{key.mini_batches} mini-batches, {age}"
+        steps.setdefault(case, {})[key.method] = statistics.fmean(row["step_s"] for row in found)
+    return [
+        {"case": case, "implementation": method, "seconds": seconds, "ratio": ratio}
+        for case, methods in steps.items()
+        for method, seconds in methods.items()
+        for ratio in [seconds / methods["loglinear"] if "loglinear" in methods else None]
+    ]
 
 
 def write_rows(rows: list[Row], json_file: Path, csv_file: Path) -> None:

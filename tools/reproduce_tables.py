@@ -5,49 +5,59 @@ Pure text out of the rows of `reproduce_results.py`; the plots are in `reproduce
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from reproduce_results import ANCHORS, ERRORS, PARTS, PUBLISHED, Row, Setting, mean_and_spread, over_seeds
+from reproduce_results import (
+    ANCHORS,
+    ERRORS,
+    PARTS,
+    PUBLISHED,
+    PUBLISHED_STALENESS,
+    Row,
+    Setting,
+    mean_and_spread,
+    over_seeds,
+)
 
 NAMES = {"forced": "forced recompute", "metrics": "metrics"}
 
-# title, quantity, digits after the point
-Column = tuple[str, str, int]
+# title, quantity, its format
+Column = tuple[str, str, str]
 LEARNING: tuple[Column, ...] = (
-    ("task reward", "reward", 3),
-    ("accuracy", "accuracy", 3),
-    ("entropy", "entropy", 3),
-    ("gradient norm", "grad_norm", 2),
-    ("KL to the sampler", "kl", 4),
-    ("sampler against trainer", "sampler_trainer", 7),
+    ("task reward", "reward", ".3f"),
+    ("accuracy", "accuracy", ".3f"),
+    ("entropy", "entropy", ".3f"),
+    ("gradient norm", "grad_norm", ".2f"),
+    ("KL to the sampler", "kl", ".4f"),
+    ("sampler against trainer", "sampler_trainer", ".1e"),
 )
 TRUST_REGION: tuple[Column, ...] = (
-    ("importance weight max", "importance_weight_max", 2),
-    ("min", "importance_weight_min", 2),
-    ("mean", "importance_weight_avg", 4),
-    ("behaviour weight max", "behave_imp_weight_max", 2),
-    ("min", "behave_imp_weight_min", 2),
-    ("mean", "behave_imp_weight_avg", 4),
-    ("clipped tokens", "clipped_tokens", 1),
-    ("of all, %", "clip_percent", 2),
+    ("importance weight max", "importance_weight_max", ".2f"),
+    ("min", "importance_weight_min", ".2f"),
+    ("mean", "importance_weight_avg", ".4f"),
+    ("behaviour weight max", "behave_imp_weight_max", ".2f"),
+    ("min", "behave_imp_weight_min", ".2f"),
+    ("mean", "behave_imp_weight_avg", ".4f"),
+    ("clipped tokens", "clipped_tokens", ".1f"),
+    ("of all, %", "clip_percent", ".2f"),
 )
 TIME: tuple[Column, ...] = (
-    ("minutes", "minutes", 2),
-    ("a step, s", "step_s", 3),
-    ("proximal pass, s", "proximal_pass_s", 4),
-    ("forward, backward", "forward_backward_s", 3),
-    ("optimizer", "optimizer_s", 3),
-    ("waiting", "wait_for_samples_s", 3),
-    ("the rest", "other_s", 3),
-    ("forwards per token", "forwards_per_token", 2),
+    ("minutes", "minutes", ".2f"),
+    ("a step, s", "step_s", ".3f"),
+    ("proximal pass, s", "proximal_pass_s", ".4f"),
+    ("forward, backward", "forward_backward_s", ".3f"),
+    ("optimizer", "optimizer_s", ".3f"),
+    ("waiting", "wait_for_samples_s", ".3f"),
+    ("the rest", "other_s", ".3f"),
+    ("forwards per token", "forwards_per_token", ".2f"),
 )
 GAIN: tuple[Column, ...] = (
-    ("seconds", "samples_s", 1),
-    ("against synchronous", "speed_up", 2),
-    ("trainer idle, %", "trainer_idle_percent", 0),
-    ("generator idle, %", "generator_idle_percent", 0),
-    ("staleness, mean", "staleness_avg", 2),
-    ("max", "staleness_max", 0),
-    ("dropped groups", "dropped_groups", 0),
-    ("task reward", "reward", 3),
+    ("seconds", "samples_s", ".1f"),
+    ("against synchronous", "speed_up", ".2f"),
+    ("trainer idle, %", "trainer_idle_percent", ".0f"),
+    ("generator idle, %", "generator_idle_percent", ".0f"),
+    ("staleness, mean", "staleness_avg", ".2f"),
+    ("max", "staleness_max", ".0f"),
+    ("dropped groups", "dropped_groups", ".0f"),
+    ("task reward", "reward", ".3f"),
 )
 
 
@@ -72,12 +82,12 @@ def _compare(settings: dict[Setting, list[Row]], columns: Sequence[Column]) -> s
     lines = [["staleness", "method", "seeds", *(title for title, _, _ in columns)]]
     for key in sorted(settings, key=_order):
         found = settings[key]
-        numbers = [_number(found, name, digits) for _, name, digits in columns]
+        numbers = [_number(found, name, spec) for _, name, spec in columns]
         lines.append([_age(key, found), NAMES.get(key.method, key.method), str(len(found)), *numbers])
     for method, row in PUBLISHED.items():
         if any(name in row for _, name, _ in columns):
             numbers = [str(row.get(name, "")) for _, name, _ in columns]
-            lines.append(["8", f"*published: {method}*", "", *numbers])
+            lines.append([str(PUBLISHED_STALENESS), f"*published: {method}*", "", *numbers])
     return _markdown(lines)
 
 
@@ -86,7 +96,7 @@ def _errors(settings: dict[Setting, list[Row]]) -> str:
     lines = [["mini-batches", "staleness", "approximation", *(f"error: {title}" for title in titles)]]
     for key in sorted(settings, key=lambda key: (key.mini_batches, key.staleness)):
         for anchor in ANCHORS:
-            numbers = [_number(settings[key], f"{anchor}/{error}", 5) for error in ERRORS]
+            numbers = [_number(settings[key], f"{anchor}/{error}", ".5f") for error in ERRORS]
             shown = "rollout (the behaviour policy itself)" if anchor == "rollout" else anchor
             lines.append([str(key.mini_batches), str(key.staleness), shown, *numbers])
     return _markdown(lines)
@@ -101,7 +111,7 @@ def _gain(settings: dict[Setting, list[Row]]) -> str:
         if base is not None:
             rows = [{**row, "speed_up": base[0] / row["samples_s"]} for row in rows]
         name = f"bound {key.staleness}" if key.staleness else "synchronous"
-        numbers = [_number(rows, quantity, digits) for _, quantity, digits in GAIN]
+        numbers = [_number(rows, quantity, spec) for _, quantity, spec in GAIN]
         lines.append([name, key.policy if key.staleness else "", *numbers])
     return _markdown(lines)
 
@@ -126,14 +136,14 @@ def _order(key: Setting) -> tuple[bool, int, int]:
 def _age(key: Setting, rows: list[Row]) -> str:
     if key.mode == "fixed":
         return str(key.staleness)
-    return f"bound {key.staleness} (was {_number(rows, 'staleness_avg', 1)})"
+    return f"bound {key.staleness} (was {_number(rows, 'staleness_avg', '.1f')})"
 
 
-def _number(rows: list[Row], name: str, digits: int) -> str:
+def _number(rows: list[Row], name: str, spec: str) -> str:
     if (found := mean_and_spread(rows, name)) is None:
         return ""
     mean, spread = found
-    return f"{mean:.{digits}f} ± {spread:.{digits}f}" if len(rows) > 1 else f"{mean:.{digits}f}"
+    return f"{mean:{spec}} ± {spread:{spec}}" if len(rows) > 1 else f"{mean:{spec}}"
 
 
 def _markdown(lines: Iterable[Sequence[str]]) -> str:
