@@ -1,0 +1,247 @@
+"""Kills at every named point and at random moments: the next start goes on, and the run ends as if never killed.
+
+What a kill interrupts is in docs/reliability.md. Each test kills one run again and again, the next start being the
+proof of the kill before. The rollout process alone: tests/rollout/test_process.py.
+"""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_a3po.trainer.batch import batch_path
+from megatron_a3po.trainer.recording import read_metrics
+from tests.trainer import command
+from tests.trainer.replay import Replays, exported, identical, logs_of, without_times
+from tests.trainer.test_asynchronous import GROUPS, Task, num_rows, repeatable
+
+STEPS = 8
+# In the order of a checkpoint: each rank's part onto the disk, the manifest, the name. The cursor of the prompts lies
+# inside, so that nothing is left to be done between the name and the cursor.
+BEFORE_THE_NAME = ["before_fsync", "after_fsync", "before_manifest", "before_rename"]
+CHAIN = [*BEFORE_THE_NAME, "after_rename", "mid_update:3", "after_rename", "mid_update"]
+
+
+def killed_at(point: str) -> Callable[[], None]:
+    return lambda: os.environ.update(A3PO_KILL_AT=point)
+
+
+def newest_checkpoint(run_dir: Path) -> int:
+    names = (path.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+@pytest.fixture(scope="module")
+def long(replays: Replays) -> Path:
+    """Enough steps to be killed in: the four batches twice."""
+    folder = replays.folder / "batches-twice"
+    folder.mkdir()
+    for step in range(1, STEPS + 1):
+        os.link(batch_path(replays.folder / "batches", (step - 1) % 4 + 1), batch_path(folder, step))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def overrides(long: Path) -> list[str]:
+    return [
+        f"trainer.replay={long}",
+        f"trainer.steps={STEPS}",
+        "trainer.save_every=2",
+        "actor.num_mini_batches=2",
+        "actor.tensor_model_parallel_size=2",
+    ]
+
+
+@pytest.fixture(scope="module")
+def straight(replays: Replays, overrides: list[str]) -> tuple[Any, Any]:
+    return replays.run("never-killed", *overrides)
+
+
+def test_a_kill_at_each_named_point_is_followed_by_the_same_run(replays, overrides, straight) -> None:
+    run_dir = replays.folder / "chain"
+    argv = replays.argv("chain", *overrides)
+    for number, point in enumerate(CHAIN):
+        begins_after = newest_checkpoint(run_dir)
+        ended = command.fork(replays.folder / "out" / "chain", *argv, before=killed_at(point)).wait()
+        assert ended.code == 3, ended.output
+        assert re.search(r"rank-\d \(pid \d+\) was ended by signal 9", ended.output), ended.output
+        rows = [row for row in read_metrics(run_dir) if row["attempt"] == number + 1]
+        assert [row["step"] for row in rows] == list(range(begins_after + 1, begins_after + 1 + len(rows)))
+        saved = newest_checkpoint(run_dir) - begins_after
+        assert saved == (2 if point == "after_rename" else 0), f"{point}: {saved}"
+    rows, weights = replays.run("chain", *overrides)
+    assert [row["attempt"] for row in rows][-1] == len(CHAIN) + 1
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert without_times(rows) == without_times(straight[0])
+    assert identical(weights, straight[1])
+    assert not list((run_dir / "checkpoints").glob("*.tmp"))
+
+
+def pausing_before(name: str) -> Callable[[], None]:
+    """The process stops by itself, as if its node were gone, before it looks whether it is fenced off: in a step, or
+    right before its checkpoint gets its name."""
+
+    def before() -> None:
+        from megatron_a3po.trainer import saving
+        from megatron_a3po.trainer.attempt import Attempt
+
+        look, looks = Attempt.refuse_if_fenced, iter(range(100))
+
+        def paused_look(self: Attempt) -> None:
+            if next(looks) == 2:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            look(self)
+
+        def paused_point(point: str) -> None:
+            if point == "before_rename":
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+        if name == "a step":
+            Attempt.refuse_if_fenced = paused_look
+        else:
+            saving.kill_point = paused_point
+
+    return before
+
+
+def blind_to_locks() -> None:
+    """A node that sees no lock of another, as behind a partition."""
+    from megatron_a3po.trainer import attempt
+
+    attempt.fcntl.flock = lambda *_: None
+
+
+def is_paused(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
+
+
+@pytest.mark.parametrize("name", ["a step", "a name"])
+def test_a_lower_attempt_that_comes_back_stops_before_it_writes(replays, long: Path, name: str) -> None:
+    folder = f"fenced-{name}".replace(" ", "-")
+    run_dir, out = replays.folder / folder, replays.folder / "out" / folder
+    few = [f"trainer.replay={long}", "trainer.steps=6", "trainer.save_every=3"]
+    lower = command.fork(out, *replays.argv(folder, *few), before=pausing_before(name))
+    lower.wait_for(lambda: any(map(is_paused, lower.members())))
+    seen = read_metrics(run_dir)
+    higher = command.fork(out, *replays.argv(folder, *few), before=blind_to_locks)
+    higher.wait_for(lambda: (run_dir / "attempts" / "2").exists())
+    for pid in lower.members():
+        os.kill(pid, signal.SIGCONT)
+    ended = lower.wait()
+    assert ended.code == 3, ended.output
+    assert re.search(r"attempt 1 of .* is fenced off: attempt 2 \(pid \d+ on .*\) goes on", ended.output)
+    assert "Traceback" not in ended.output
+    assert higher.wait().code == 0, higher.said()
+    rows = read_metrics(run_dir)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert {row["attempt"] for row in rows} == {2}, "nothing had been saved: all is done again"
+    of_lower = [
+        line for line in (run_dir / "metrics.jsonl").read_text().splitlines() if '"attempt": 1' in line
+    ]
+    assert len(of_lower) == len(seen)
+    assert '"attempt": 2' in (run_dir / "checkpoints/step-3/trainer.json").read_text()
+    rows_alone, weights_alone = replays.run(f"{folder}-alone", *few)
+    assert without_times(rows) == without_times(rows_alone)
+    assert identical(exported(run_dir), weights_alone)
+
+
+LIVE = ["rollout.fixed_staleness=1", "trainer.save_every=2", "actor.tensor_model_parallel_size=2"]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return Task(tmp_path_factory.mktemp("kills"))
+
+
+def trained(task: Task, name: str, steps: int) -> list[list[int]]:
+    """The prompts of every step."""
+    return [[group.prompt_index for group in task.batch(name, step).groups] for step in range(1, steps + 1)]
+
+
+def same_as_never_killed(task: Task, name: str, other: str, steps: int) -> None:
+    assert trained(task, name, steps) == trained(task, other, steps)
+    assert list(chain.from_iterable(trained(task, name, steps))) == list(range(steps * GROUPS))
+    rows, others = (repeatable(read_metrics(task.folder / one)) for one in (name, other))
+    for row in (*rows, *others):
+        del row["rollout/restarts"]
+    assert rows == others
+    assert identical(exported(task.folder / name), exported(task.folder / other))
+
+
+def test_with_generation_under_way_no_prompt_is_lost_and_none_trained_twice(task: Task) -> None:
+    """Killed while it waits for samples, in an update, while it publishes, as a checkpoint gets its name."""
+    steps = 6
+    task.run("whole", *LIVE, f"trainer.steps={steps}")
+    for point in ("generation:2", "after_rename", "mid_publish:2", "mid_update:2"):
+        argv = [
+            "train",
+            str(task.config),
+            f"run_dir={task.folder / 'points'}",
+            *LIVE,
+            f"trainer.steps={steps}",
+        ]
+        ended = command.fork(task.folder / "out" / "points", *argv, before=killed_at(point)).wait()
+        assert ended.code == 3, ended.output
+        assert "was ended by signal 9" in ended.output
+    rows = task.run("points", *LIVE, f"trainer.steps={steps}")
+    assert rows[-1]["attempt"] == 5
+    same_as_never_killed(task, "points", "whole", steps)
+
+
+def test_a_rollout_process_that_always_dies_ends_the_run(task: Task) -> None:
+    argv = ["train", str(task.config), f"run_dir={task.folder / 'dying'}", *LIVE]
+    ended = command.fork(task.folder / "out" / "dying", *argv, before=killed_at("generated")).wait()
+    assert ended.code == 3, ended.output
+    assert "died twice without a step in between" in " ".join(ended.output.split())
+    assert read_metrics(task.folder / "dying") == []
+
+
+@pytest.mark.parametrize("num_kills", [5, pytest.param(30, marks=pytest.mark.slow)])
+def test_random_kills(task: Task, num_kills: int) -> None:
+    """Any process of the run, at any moment of it: ranks, the rollout process, a reward's, the command."""
+    steps, name = 4 + 2 * num_kills, f"random-{num_kills}"
+    overrides = [*LIVE, f"trainer.steps={steps}"]
+    task.run(f"calm-{num_kills}", *overrides)
+    chance, run_dir = random.Random(num_kills), task.folder / name
+    running, starts, victims = task.start(name, *overrides), 1, []
+    while len(victims) < num_kills:
+        wait_for_rows(running, run_dir, num_rows(run_dir) + chance.randrange(3))
+        time.sleep(chance.random())
+        if running.ended():
+            assert running.wait().code != 0, "it was over before all the kills"
+            running, starts = task.start(name, *overrides), starts + 1
+            continue
+        victim = chance.choice(sorted(running.members()))
+        with contextlib.suppress(OSError):  # it ended by itself
+            kind = kind_of(victim, running)
+            os.kill(victim, signal.SIGKILL)
+            victims.append(kind)
+    code = running.wait(timeout_s=600).code
+    print(f"{num_kills} kills: {victims}; {starts} starts, {num_rows(run_dir) - steps} steps taken again")
+    if code != 0:
+        task.run(name, *overrides)
+    same_as_never_killed(task, name, f"calm-{num_kills}", steps)
+    assert not logs_of(run_dir).count("is damaged")
+
+
+def wait_for_rows(running: command.Command, run_dir: Path, wanted: int) -> None:
+    while not running.ended() and num_rows(run_dir) < wanted:
+        time.sleep(0.02)
+
+
+def kind_of(pid: int, running: command.Command) -> str:
+    if pid == running.pid:
+        return "command"
+    said = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    modules = [word.decode().rpartition(".")[2] for word in said if word.startswith(b"megatron_a3po.")]
+    return {"process": "rollout process", "worker": "reward"}.get((modules or ["rank"])[0], "rank")
