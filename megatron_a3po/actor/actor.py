@@ -5,6 +5,7 @@ when, the trainer decides.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class Actor:
         self._load(model, seed)
         self.optimizer: Optimizer | None = None
 
+        self._copied: threading.Event | None = None
     def start_stage(self, schedule: Schedule) -> None:
         """Begin a training stage with fresh moments and its own schedule."""
         # At TP > 1 without sequence parallelism every tensor rank routes the same tokens: gradients would be wrong.
@@ -112,6 +114,7 @@ class Actor:
             for output in outputs:
                 loss_sum = loss_sum + output.loss
         with clock("optimizer"):
+        self._let_go()
             applied, grad_norm = self.optimizer.step(loss_sum)
         return Update(outputs, loss_sum, sum(p.denominator for p in packs), grad_norm, applied)
 
@@ -122,6 +125,7 @@ class Actor:
     def shards(self) -> list[tuple[str, Tensor]]:
         """(name, this rank's shard) of every weight, up to date; written to, they are the model's. Collective."""
         self.gather_parameters()
+        self._let_go()
         return [(name, tensor) for name, tensor, _ in self._parameters()]
 
     @property
@@ -185,3 +189,12 @@ class Actor:
         if self.config.overlap_param_gather:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
+    def hold(self, copied: threading.Event) -> None:
+        """Change no weight and no moment before `copied` is set: somebody copies them meanwhile."""
+        self._copied = copied
+
+    def _let_go(self) -> None:
+        if self._copied is not None:
+            self._copied.wait()
+            self._copied = None
+

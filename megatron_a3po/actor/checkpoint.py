@@ -1,9 +1,9 @@
 """Distributed checkpoints of model, optimizer and schedule, in the format of Megatron-Core's dist_checkpointing.
 
 Fully reshardable: another TP/PP/DP layout loads it, no flag to set before saving. Loading is Megatron-Core's. Saving
-has three parts: `snapshot.py` copies this rank's state, which training waits for; `write` puts it into a file, and
-`complete` says for all ranks what is where. These two may run in a thread while training goes on. What the trainer
-itself must remember lies beside it and is the trainer's business (`trainer/saving.py`).
+has three parts: `snapshot.py` copies this rank's state, `write` puts it into a file, `complete` says for all ranks what
+is where. They may run in a thread while training goes on. What the trainer itself must remember lies beside it and is
+the trainer's business (`trainer/saving.py`).
 """
 
 import io
@@ -52,13 +52,13 @@ class Written:
     contents: Contents
 
 
-def snapshot(actor: Actor, memory: HostMemory) -> Snapshot:
-    """This rank's part of a checkpoint, as it is now. Collective."""
+def snapshot(actor: Actor) -> Snapshot:
+    """This rank's part of a checkpoint, as long as nothing trains. Collective."""
     actor.gather_parameters()
     optimizers = _optimizer(actor).distributed_optimizers
     for optimizer in optimizers:
         _ensure_moments(optimizer)
-    return take(_sharded_stages(actor.model), optimizers, memory)
+    return take(_sharded_stages(actor.model), optimizers)
 
 
 def common_state(actor: Actor) -> bytes:
@@ -110,7 +110,8 @@ def complete(
 
 def save(actor: Actor, directory: Path) -> None:
     """All of it at once, into `directory`, which exists and is empty. Collective over all ranks."""
-    part = write(snapshot(actor, HostMemory()), directory, actor.grid.world_rank)
+    state = HostMemory().copy(snapshot(actor))
+    part = write(state, directory, actor.grid.world_rank)
     parts: list[Any] = [None] * actor.grid.world_size
     dist.all_gather_object(parts, part, group=actor.grid.host_group)
     if actor.grid.is_main:

@@ -1,4 +1,7 @@
-"""What this rank writes of a checkpoint, copied to host memory: the one part of saving that training waits for.
+"""What this rank writes of a checkpoint, and its copy in host memory.
+
+A snapshot names the tensors of this moment. They may be copied while the next forward and backward run, in another
+thread: training changes them only in the optimizer's step, which waits for the copy (`Actor.hold`).
 
 Model and optimizer are boxes of whole tensors by Megatron-Core's names, those its "fully reshardable" checkpoints have,
 so that every layout loads what any layout wrote. Megatron-Core gathers the optimizer's shards over the data axis first;
@@ -33,10 +36,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A rank's pieces and objects of one moment; nothing that trains can change them."""
+    """A rank's pieces and objects. ready: on a GPU, when the tensors have the values of its moment."""
 
     pieces: list[Piece]
     objects: list[tuple[str, Any]]
+    ready: torch.cuda.Event | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -50,13 +54,22 @@ class HostMemory:
         self._tensors: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     @torch.no_grad()
-    def copy(self, pieces: list[Piece]) -> list[Piece]:
-        copies = [Piece(one.key, one.full_size, one.offset, self._place(one)) for one in pieces]
-        for copy, piece in zip(copies, pieces, strict=True):
-            copy.tensor.copy_(piece.tensor, non_blocking=True)
-        if any(piece.tensor.is_cuda for piece in pieces):
-            torch.cuda.synchronize()
-        return copies
+    def copy(self, snapshot: Snapshot) -> Snapshot:
+        """A snapshot that nothing changes until the next call. In any thread."""
+        if snapshot.ready is None:
+            return Snapshot(self._copies(snapshot), snapshot.objects)
+        stream = torch.cuda.Stream(snapshot.pieces[0].tensor.device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(snapshot.ready)
+            copies = self._copies(snapshot)
+        stream.synchronize()
+        return Snapshot(copies, snapshot.objects)
+
+    def _copies(self, snapshot: Snapshot) -> list[Piece]:
+        return [
+            Piece(one.key, one.full_size, one.offset, self._place(one).copy_(one.tensor, non_blocking=True))
+            for one in snapshot.pieces
+        ]
 
     def _place(self, piece: Piece) -> Tensor:
         found = self._tensors.get((piece.key, piece.offset))
@@ -67,9 +80,7 @@ class HostMemory:
         return found
 
 
-def take(
-    model: Mapping[str, Any], optimizers: Sequence[DistributedOptimizer], memory: HostMemory
-) -> Snapshot:
+def take(model: Mapping[str, Any], optimizers: Sequence[DistributedOptimizer]) -> Snapshot:
     """model: sharded state dicts of the stages. What other ranks hold too, the first of them writes."""
     values = [one for one in nested_values(dict(model)) if one is not None]
     built = [part for one in values for part in _built(one)]
@@ -86,7 +97,8 @@ def take(
     by_parameter = {one.data: one for one in values if isinstance(one, ShardedTensor | ShardedTensorFactory)}
     for optimizer in optimizers:
         pieces += _of_optimizer(optimizer, by_parameter)
-    return Snapshot(memory.copy(pieces), objects)
+    on_gpu = any(piece.tensor.is_cuda for piece in pieces)
+    return Snapshot(pieces, objects, torch.cuda.current_stream().record_event() if on_gpu else None)
 
 
 def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:

@@ -1,7 +1,8 @@
 """Checkpoints written beside the training, at most one at a time. What is in one is in `recovery.py`, which reads them.
 
-    begin     every rank copies its part to host memory; the rollouts are asked for their state of this moment
-    (thread)  every rank writes its part and waits for the disk
+    begin     every rank notes its tensors of this moment; the rollouts are asked for their state
+    (thread)  every rank copies its part to host memory, which the optimizer's next step waits for, writes it, and waits
+              for the disk
     go_on     between steps the ranks agree that all parts are there
     (thread)  rank 0 writes the rest and the manifest, waits for the disk, and gives the folder its name
     go_on     between steps the ranks agree that it is done, or hear what went wrong
@@ -15,6 +16,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -121,6 +123,10 @@ class Saving:
         self._under_way: UnderWay | None = None
         self._newest: int | None = None  # the step of the last one begun that has not failed
 
+    @property
+    def is_under_way(self) -> bool:
+        return self._under_way is not None
+
     def begin(self, trainer: dict[str, Any], rollouts: "Future[dict[str, Any]] | None") -> None:
         """Save this moment. trainer: what the loop counts; rollouts: their state of this moment, on rank 0 alone."""
         self.finish()
@@ -131,11 +137,11 @@ class Saving:
         if problem := from_main(self._actor.grid, lambda: _problem_of(checkpoint.open, checkpoint.aside)):
             self._give_up(checkpoint, problem)
             return
-        state = actor_checkpoint.snapshot(self._actor, self._memory)
+        state, copied = actor_checkpoint.snapshot(self._actor), threading.Event()
         common = actor_checkpoint.common_state(self._actor) if self._actor.grid.is_main else b""
-        part = self._thread.submit(
-            _write, state, checkpoint.actor_directory, rank=self._actor.grid.world_rank
-        )
+        rank = self._actor.grid.world_rank
+        part = self._thread.submit(_write, state, self._memory, copied, checkpoint.actor_directory, rank)
+        self._actor.hold(copied)
         held_up_s = time.monotonic() - since
         self._newest = checkpoint.step
         self._under_way = UnderWay(
@@ -170,8 +176,8 @@ class Saving:
     def finish(self) -> str | None:
         """Wait until no checkpoint is under way. Returns what went wrong with the last."""
         problem = None
-        while self._under_way is not None:
-            concurrent.futures.wait(self._under_way.own_work, timeout=POLL_S)
+        while (now := self._under_way) is not None:
+            concurrent.futures.wait(now.own_work, timeout=POLL_S)
             problem = self.go_on()
         return problem
 
@@ -228,14 +234,19 @@ class Saving:
         return everyone
 
 
-def _write(state: Snapshot, directory: Path, *, rank: int) -> Written | Unwritten:
+def _write(
+    state: Snapshot, memory: HostMemory, copied: threading.Event, directory: Path, rank: int
+) -> Written | Unwritten:
     """In every rank's thread."""
     try:
-        return actor_checkpoint.write(state, directory, rank)
+        copy = memory.copy(state)
+    finally:
+        copied.set()
+    try:
+        return actor_checkpoint.write(copy, directory, rank)
     except OSError as error:
         written = sum(file.stat().st_size for file in directory.glob(f"__{rank}_*"))
-        is_full = error.errno in FULL
-        return Unwritten(_said(error, directory), is_full, max(0, state.num_bytes - written))
+        return Unwritten(_said(error, directory), error.errno in FULL, max(0, state.num_bytes - written))
 
 
 def _problem_of(work: Callable[[], object], folder: Path) -> str | None:
