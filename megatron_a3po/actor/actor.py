@@ -30,6 +30,7 @@ from megatron_a3po.weights.hugging_face import announce, write_hugging_face
 from megatron_a3po.weights.operations import Layout
 from megatron_a3po.weights.shards import full_tensors, load_shards
 from megatron_a3po.weights.sources import RandomSource, SafetensorsSource
+from megatron_a3po.weights.transports.base import Export
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +79,8 @@ class Actor:
         self.pipeline = Pipeline(self.model, grid, settings)
         self._load(model, seed)
         self.optimizer: Optimizer | None = None
-
         self._copied: threading.Event | None = None
+
     def start_stage(self, schedule: Schedule) -> None:
         """Begin a training stage with fresh moments and its own schedule."""
         # At TP > 1 without sequence parallelism every tensor rank routes the same tokens: gradients would be wrong.
@@ -113,8 +114,8 @@ class Actor:
             loss_sum = torch.zeros((), device=self.grid.device)
             for output in outputs:
                 loss_sum = loss_sum + output.loss
-        with clock("optimizer"):
         self._let_go()
+        with clock("optimizer"):
             applied, grad_norm = self.optimizer.step(loss_sum)
         return Update(outputs, loss_sum, sum(p.denominator for p in packs), grad_norm, applied)
 
@@ -124,8 +125,8 @@ class Actor:
 
     def shards(self) -> list[tuple[str, Tensor]]:
         """(name, this rank's shard) of every weight, up to date; written to, they are the model's. Collective."""
-        self.gather_parameters()
         self._let_go()
+        self.gather_parameters()
         return [(name, tensor) for name, tensor, _ in self._parameters()]
 
     @property
@@ -140,16 +141,27 @@ class Actor:
 
     def write_hugging_face(self, directory: Path, *, with_tokenizer: bool = False) -> None:
         """Write the current weights as a Hugging Face directory. Collective over all ranks."""
+        export = self.export()
+        write_hugging_face(
+            export.tensors,
+            export.announced,
+            directory,
+            template=export.template,
+            peers=export.host_group,
+            lasting=with_tokenizer,
+        )
+
+    def export(self) -> Export:
+        """The current weights as full tensors, gathered when they are asked for. Collective over all ranks."""
         self.gather_parameters()
         parameters = [(name, tensor) for name, tensor, own in self._parameters() if own]
         names = [(name, tensor.dtype) for name, tensor in parameters] if self.grid.holds_export else []
-        write_hugging_face(
+        return Export(
             full_tensors(parameters, self.table, self.layout, self.grid.tp.group, self.grid.ep.group),
             announce(names, self.table, ep_size=self.grid.ep.size),
-            directory,
-            template=self.hf_path,
-            peers=self.grid.host_group,
-            lasting=with_tokenizer,
+            self.hf_path,
+            self.grid.host_group,
+            self.grid.pp.group if self.grid.holds_export else None,
         )
 
     def _load(self, model: ModelSection, seed: int) -> None:
@@ -183,12 +195,6 @@ class Actor:
             rest = count_experts_from(self.grid.ep.rank * num_local, rest)
         return f"decoder.layers.{layer}.{rest}"
 
-    def gather_parameters(self) -> None:
-        """Have every weight up to date on every rank. Collective."""
-        # Under overlap_param_gather the next forward gathers lazily; whoever reads the weights before that must ask.
-        if self.config.overlap_param_gather:
-            for chunk in self.model:
-                chunk.start_param_sync(force_sync=True)
     def hold(self, copied: threading.Event) -> None:
         """Change no weight and no moment before `copied` is set: somebody copies them meanwhile."""
         self._copied = copied
@@ -198,3 +204,9 @@ class Actor:
             self._copied.wait()
             self._copied = None
 
+    def gather_parameters(self) -> None:
+        """Have every weight up to date on every rank. Collective."""
+        # Under overlap_param_gather the next forward gathers lazily; whoever reads the weights before that must ask.
+        if self.config.overlap_param_gather:
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)

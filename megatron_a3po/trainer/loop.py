@@ -7,12 +7,13 @@ import contextlib
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megatron_a3po.actor.actor import Actor
 from megatron_a3po.actor.reference import Reference
 from megatron_a3po.config import Config
 from megatron_a3po.errors import OutputError, TrainingError
+from megatron_a3po.lifetime import kill_point
 from megatron_a3po.logs import StepFilter
 from megatron_a3po.rollout.client import RolloutClient
 from megatron_a3po.rollout.spans import Span
@@ -29,6 +30,8 @@ from megatron_a3po.trainer.source import Source, from_main
 from megatron_a3po.trainer.step import train_step
 from megatron_a3po.trainer.trace import follow
 from megatron_a3po.weights.publishing import forget_old_versions, version_directory
+from megatron_a3po.weights.transports.base import Transport
+from megatron_a3po.weights.transports.files import FilesTransport
 
 
 @dataclass
@@ -49,14 +52,15 @@ class Run:
     config: Config
     actor: Actor
     attempt: Attempt
+    saving: Saving
     source: Source
     client: RolloutClient | None
-    saving: Saving
     journal: Journal | None
     progress: Progress
     step_filter: StepFilter
     reference: Reference | None = None
     num_published: int = 0
+    transport: Transport = field(default_factory=FilesTransport)
     clock: Clock = field(default_factory=Clock)
     timeline: list[Span] = field(default_factory=list)  # of this rank, in the steps of `trainer.trace`
 
@@ -99,13 +103,17 @@ def train(run: Run) -> bool:
 
 
 def publish(run: Run) -> None:
-    """Write the weights of the version just made and tell the rollout process. Collective."""
+    """Make the weights of the version just made available and tell the rollout process. Collective."""
     root, version = published_weights(run.attempt), run.progress.step
-    run.actor.write_hugging_face(version_directory(root, version))
-    run.num_published += 1
-    if run.client is not None:
-        run.client.publish(version, version_directory(root, version))
+    directory = version_directory(root, version)
+
+    def announce() -> None:
+        kill_point("mid_publish")
+        cast(RolloutClient, run.client).publish(version, directory)
         forget_old_versions(root, keep=3 + run.config.rollout.bound)
+
+    run.transport.publish(run.actor.export(), version, directory, announce)
+    run.num_published += 1
 
 
 def published_weights(attempt: Attempt) -> Path:

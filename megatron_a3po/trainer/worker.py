@@ -41,8 +41,9 @@ from megatron_a3po.trainer.saving import Saving
 from megatron_a3po.trainer.source import LiveSource, ReplaySource, from_main, wait_on_main
 from megatron_a3po.trainer.summary import closing_lines
 from megatron_a3po.trainer.warm_start import demonstrations, warm_start
-from megatron_a3po.weights.publishing import version_directory
+from megatron_a3po.weights.publishing import create_transport, version_directory
 from megatron_a3po.weights.sources import check_weights
+from megatron_a3po.weights.transports.base import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -139,9 +140,11 @@ def _session(
         saving = Saving(config, actor, attempt)
         if beginning.checkpoint is None and config.warm_start is not None:
             saving.begin(vars(progress), None)  # so that the warm start is done once
+        transport = create_transport(config.rollout, grid.device)
         source: LiveSource | ReplaySource
         if config.needs_rollouts:
-            client = _start_rollouts(config, actor, attempt, progress, rollout_state)
+            stack.callback(transport.close)
+            client = _start_rollouts(config, actor, attempt, transport, progress, rollout_state)
             if client is not None:
                 stack.callback(forget_published, attempt)
                 stack.callback(client.stop)
@@ -150,7 +153,19 @@ def _session(
             client, source = None, ReplaySource(grid, config, shape.vocab_size, stop)
         if journal is not None:
             journal.earlier_s = progress.wall_seconds
-        run = Run(config, actor, attempt, saving, source, client, journal, progress, step_filter, reference)
+        run = Run(
+            config,
+            actor,
+            attempt,
+            saving,
+            source,
+            client,
+            journal,
+            progress,
+            step_filter,
+            reference,
+            transport=transport,
+        )
         try:
             return _train(run)
         except ServersGone as error:
@@ -235,12 +250,17 @@ def _restore(actor: Actor, checkpoint: Path | None) -> tuple[Progress, dict[str,
 
 
 def _start_rollouts(
-    config: Config, actor: Actor, attempt: Attempt, progress: Progress, state: dict[str, Any] | None
+    config: Config,
+    actor: Actor,
+    attempt: Attempt,
+    transport: Transport,
+    progress: Progress,
+    state: dict[str, Any] | None,
 ) -> RolloutClient | None:
     """Publish the version the run goes on from and start generating with it; the client exists on rank 0 only."""
     from_main(actor.grid, lambda: forget_published_before(attempt))
     directory = version_directory(published_weights(attempt), progress.step)
-    actor.write_hugging_face(directory)
+    transport.publish(actor.export(), progress.step, directory, announce=lambda: None)
     if not actor.grid.is_main:
         return None
     return RolloutClient.start(

@@ -26,6 +26,7 @@ def on_actors(
     dp: int = 1,
     temperature: float = 1.0,
     initialization: str = "pretrained",
+    run_s: float = 60.0,
     **keys: Any,
 ) -> list[Any]:
     """[function(actor) on each rank], the actors having loaded `model`."""
@@ -46,7 +47,7 @@ def on_actors(
         return function(Actor(section, model_section, shape, grid, temperature=temperature, seed=1))
 
     with TemporaryDirectory(prefix="actors-") as folder:
-        return run_ranks(on_rank, tp * pp * dp, f"{folder}/rendezvous", joined=False)
+        return run_ranks(on_rank, tp * pp * dp, f"{folder}/rendezvous", joined=False, timeout_s=run_s)
 
 
 def random_sequences(lengths: list[int], vocab_size: int, seed: int = 3) -> list[AlignedSequence]:
