@@ -15,14 +15,14 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
-
-import torch
-from transformers.utils.logging import disable_progress_bar
+from typing import TYPE_CHECKING
 
 from megatron_a3po.errors import A3POError, RewardError, ServersGone
 from megatron_a3po.logs import set_up_logs
 from megatron_a3po.rollout.messages import Answer, Failure, Request, Start, Stop
-from megatron_a3po.rollout.service import RolloutService
+
+if TYPE_CHECKING:
+    from megatron_a3po.rollout.service import RolloutService
 
 logger = logging.getLogger("megatron_a3po.rollout.process")  # under -m, __name__ is __main__
 
@@ -39,24 +39,30 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
     threading.Thread(target=_die_with, args=(int(sys.argv[2]),), daemon=True).start()
+    # Seconds go into these, in which the parent may end.
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from megatron_a3po.rollout.service import RolloutService
+
     try:
         start = connection.recv()
-    except EOFError:
+    except (EOFError, OSError):
         return 0
     set_up_logs(start.run_dir, "rollout", speaks=False)
     disable_progress_bar()  # of loading a model: the log is no terminal
     torch.set_num_threads(start.config.rollout.num_threads)
     try:
-        asyncio.run(_serve(connection, start))
+        asyncio.run(_serve(connection, start, RolloutService))
     except BaseException as error:  # the process boundary
         return _end(connection, error)
     raise AssertionError("serving ends by an exception")
 
 
-async def _serve(connection: Connection, start: Start) -> None:
+async def _serve(connection: Connection, start: Start, make: "type[RolloutService]") -> None:
     inbox: asyncio.Queue[Request | Stop] = asyncio.Queue()
     sending = asyncio.Lock()
-    service = RolloutService(start)
+    service = make(start)
     logger.info("pid %d, version %d from %s", os.getpid(), start.first_version, start.weights_dir)
 
     async def answer(request: Request) -> None:
