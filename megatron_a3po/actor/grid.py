@@ -4,6 +4,7 @@ The only file that touches Megatron-Core's `parallel_state`. Everything else rec
 """
 
 import datetime
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_a3po.config.actor import ActorSection
 from megatron_a3po.errors import InputError
+
+GRACE_S = 60.0  # what a collective waits beyond the time limit
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def build_grid(
     """Join the process group and lay the grid over it. Source: parallel_state.initialize_model_parallel."""
     _check_expert_axis(actor, world_size)
     has_gpu = torch.cuda.is_available()
-    timeout = datetime.timedelta(seconds=timeout_s)
+    # The roll call comes first, and knows names.
+    timeout = datetime.timedelta(seconds=timeout_s + GRACE_S)
     if has_gpu:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     else:
@@ -94,7 +98,7 @@ def build_grid(
         virtual_pipeline_model_parallel_size=actor.virtual_pipeline_model_parallel_size,
         expert_model_parallel_size=actor.expert_model_parallel_size,
         expert_tensor_parallel_size=actor.tensor_model_parallel_size,
-        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        distributed_timeout_minutes=math.ceil((timeout_s + GRACE_S) / 60),
         create_gloo_process_groups=False,
     )
     # No layer draws random numbers (dropout is refused); sequence parallelism still asks for the tracker's states.

@@ -9,4 +9,4 @@ class DistributedSection(Section):
     """How ranks talk."""
 
     timeout_s: float = Field(default=600.0, gt=0)
-    """Seconds a collective may wait for a rank before the run is ended."""
+    """Seconds the ranks may wait for one of them; then the run ends and says for which."""

@@ -17,6 +17,7 @@ from megatron_a3po.actor.actor import Actor
 from megatron_a3po.actor.grid import Grid, build_grid, leave_grid
 from megatron_a3po.actor.optimizer import Schedule
 from megatron_a3po.actor.reference import Reference
+from megatron_a3po.actor.roll_call import RollCall
 from megatron_a3po.config import Config, read_model_shape
 from megatron_a3po.config.plan import plan_lines
 from megatron_a3po.errors import EXIT_DONE, EXIT_STOPPED, A3POError, ServersGone, TrainingError
@@ -118,6 +119,7 @@ def _session(
     with ExitStack() as stack:
         attempt, beginning = from_main(grid, partial(recovery.claim, config, beginning, stack))
         stack.enter_context(_fenced_first(attempt))
+        stack.enter_context(RollCall(grid.world_rank, grid.world_size, config.distributed.timeout_s))
         journal = None
         if grid.is_main:
             for note in beginning.notes:
