@@ -110,6 +110,7 @@ def figures(cell: Cell, run_dir: Path) -> Row:
         **{name: mean_of(measured, metric) for name, metric in MEANS.items()},
         "importance_weight_largest": max(row[MEANS["importance_weight_max"]] for row in measured),
         "staleness_max": max(row["staleness/max"] for row in measured),
+        "peak_mb": max(row.get("memory/rank_bytes") or 0.0 for row in rows) / 2**20 or None,
         "dropped_groups": sum(row["rollout/dropped_groups"] for row in measured),
         "samples_s": sum(row["time/step"] for row in rows),
         "trainer_idle": sum(row["time/wait_for_samples"] for row in measured) / whole,
@@ -150,17 +151,22 @@ def median_of(rows: list[Row], name: str) -> float | None:
 
 def program_rows(rows: Iterable[Row]) -> list[Row]:
     """As the benchmarks write them: a row for each setting, `ratio` being the time of a step to loglinear's."""
-    steps: dict[str, dict[str, float]] = {}
+    steps: dict[str, dict[str, list[Row]]] = {}
     for key, found in over_seeds(rows).items():
         age = f"{'staleness' if key.mode == 'fixed' else f'{key.policy}, bound'} {key.staleness}"
         case = f"{'gain, ' if key.gain else ''}{key.mini_batches} mini-batches, {age}"
-        steps.setdefault(case, {})[key.method] = statistics.fmean(row["step_s"] for row in found)
-    return [
-        {"case": case, "implementation": method, "seconds": seconds, "ratio": ratio}
-        for case, methods in steps.items()
-        for method, seconds in methods.items()
-        for ratio in [seconds / methods["loglinear"] if "loglinear" in methods else None]
-    ]
+        steps.setdefault(case, {})[key.method] = found
+    table = []
+    for case, methods in steps.items():
+        seconds = {
+            method: statistics.fmean(row["step_s"] for row in found) for method, found in methods.items()
+        }
+        for method, found in methods.items():
+            ratio = seconds[method] / seconds["loglinear"] if "loglinear" in seconds else None
+            peak = max((row["peak_mb"] for row in found if row.get("peak_mb")), default=None)
+            row = {"case": case, "implementation": method, "seconds": seconds[method], "ratio": ratio}
+            table.append({**row, "peak_mb": peak})
+    return table
 
 
 def write_rows(rows: list[Row], json_file: Path, csv_file: Path) -> None:

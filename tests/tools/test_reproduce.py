@@ -164,3 +164,17 @@ def test_the_asynchronous_gain_is_against_the_synchronous_run() -> None:
     lines = dict(tables.tables([asynchronous, synchronous]))["Asynchronous gain"].splitlines()
     assert lines[2].startswith("| synchronous |  | 30.0 | 1.00 | 20 | 50 |")
     assert lines[3].startswith("| bound 2 | drop | 20.0 | 1.50 | 20 | 50 |")
+
+
+def test_programs_get_the_time_of_a_step_against_loglinear() -> None:
+    results = importlib.import_module("reproduce_results")
+    rows = [row_by_hand(seed=1, step_s=1.0), row_by_hand(seed=2, step_s=3.0, peak_mb=500.0)]
+    rows += [row_by_hand(method="recompute", step_s=2.5), row_by_hand(method="linear", staleness=2)]
+    assert results.program_rows(rows) == [
+        {"case": "4 mini-batches, staleness 8", "implementation": "loglinear", "seconds": 2.0, "ratio": 1.0,
+         "peak_mb": 500.0},
+        {"case": "4 mini-batches, staleness 8", "implementation": "recompute", "seconds": 2.5, "ratio": 1.25,
+         "peak_mb": None},
+        {"case": "4 mini-batches, staleness 2", "implementation": "linear", "seconds": 1.0, "ratio": None,
+         "peak_mb": None},
+    ]  # fmt: skip
