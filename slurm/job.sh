@@ -19,6 +19,10 @@ JOB_LOGS=${A3PO_LOGS:-$SLURM_SUBMIT_DIR/runs/slurm}/job-$SLURM_JOB_ID
 LOGS=$JOB_LOGS/attempt-$ATTEMPT
 EXPORTED=$(IFS=,; echo "${ENVIRONMENT[*]},MASTER_ADDR,OMP_NUM_THREADS")
 
+# With servers, servers.sh says what these do.
+start_servers() { :; }
+end_servers() { :; }
+
 say() { printf '%s job %s attempt %s: %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "$ATTEMPT" "$*"; }
 
 hear() {
@@ -31,12 +35,18 @@ hear() {
 
 # step OPTION... -- COMMAND...: a job step to its end, whatever signals come meanwhile; its exit code.
 step() {
-    local options=() status=0
+    local options=()
     while [[ $1 != -- ]]; do options+=("$1"); shift; done
     shift
     # No kill on a bad exit: the ranks end together, or by distributed.timeout_s; rank 0 may still be evaluating.
     srun --export="$EXPORTED" --kill-on-bad-exit=0 --wait=0 --unbuffered "${STEP_OPTIONS[@]}" "${options[@]}" "$@" &
-    STEP=$!
+    heed $!
+}
+
+# heed PID: an srun to its end; signals that come meanwhile are passed on to it. Its exit code.
+heed() {
+    local status=0
+    STEP=$1
     if [[ -n $ASKED ]]; then kill -USR1 "$STEP"; fi
     while :; do
         HEARD=
@@ -67,12 +77,23 @@ begin() {
     plan=$(sed -n "s/^run_dir: //p" "$LOGS/plan.yaml")
     RUN_DIR=${plan//[\'\"]/}
     BEGAN_AT=$(completed_steps)
+    if ((ATTEMPT > 1)); then take_over; fi
     say "begins on $SLURM_JOB_NODELIST at step $BEGAN_AT of $RUN_DIR; logs in $LOGS"
     # A node failure ends an attempt without a word, so attempts are counted when they begin.
     if (($(fruitless "$BEGAN_AT") >= MAX_ATTEMPTS)); then
         finish 3 "$MAX_ATTEMPTS attempts in a row have completed no step after $BEGAN_AT: needs a person"
     fi
     echo "$BEGAN_AT" >>"$JOB_LOGS/attempts"
+}
+
+# A node that was cut off may still run the attempt before, which Slurm has given up: it stops before this one begins.
+take_over() {
+    local status=0
+    step --nodes=1 --ntasks=1 --output="$LOGS/take-over.log" -- \
+        "$PYTHON" -m megatron_a3po.trainer.take_over "$RUN_DIR" || status=$?
+    cat "$LOGS/take-over.log"
+    if [[ -n $ASKED ]]; then after 75 "stopped before it began"; fi
+    if ((status)); then finish 3 "the attempt before has not stopped: needs a person"; fi
 }
 
 # How far the run has ever come; steps that are done again are no progress.
@@ -87,19 +108,23 @@ fruitless() {
     awk -v step="$1" '{ count = $1 == step ? count + 1 : 0 } END { print count + 0 }' "$JOB_LOGS/attempts"
 }
 
-# run_training NODES TASKS_PER_NODE: pre-flight, then the ranks; ends the script.
+# run_training NODES TASKS_PER_NODE [SERVER_NODES]: pre-flight, servers where there are any, then the ranks; ends the script.
 run_training() {
-    local num_nodes=$1 tasks=$2 status=0 cpus=()
-    choose_nodes "$num_nodes"
+    local num_nodes=$1 tasks=$2 num_others=${3:-0} status=0 cpus=() good=()
+    choose_nodes $((num_nodes + num_others))
+    IFS=, read -ra good <<<"$NODES"
+    NODES=$(IFS=,; echo "${good[*]:0:num_nodes}")
     MASTER_ADDR=$(address_of "${NODES%%,*}")
     export MASTER_ADDR
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     # srun does not take this one from sbatch.
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then cpus=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi
     if [[ -z $ASKED ]]; then
+        start_servers "$(IFS=,; echo "${good[*]:num_nodes:num_others}")"
         say "runs on $NODES"
         step --nodes="$num_nodes" --nodelist="$NODES" --ntasks-per-node="$tasks" --ntasks=$((num_nodes * tasks)) "${cpus[@]}" \
-            --output="$LOGS/%n-%N-rank-%t.log" -- "$PYTHON" -m megatron_a3po train "${ARGUMENTS[@]}" || status=$?
+            "${TRAINER_OPTIONS[@]}" --output="$LOGS/%n-%N-rank-%t.log" -- \
+            "$PYTHON" -m megatron_a3po train "${ARGUMENTS[@]}" || status=$?
     else
         status=75
     fi
@@ -155,31 +180,41 @@ words() {
 # after STATUS WORDS: what becomes of the job once a step has ended so.
 after() {
     local status=$1 what=$2
+    if ! is_mine; then finish "$status" "$what; Slurm has ended this attempt ($STATE)"; fi
     case $status in
         0 | 2 | 3 | 130) finish "$status" "$what" ;;
     esac
-    if ! is_mine; then finish "$status" "$what; Slurm has ended this attempt ($STATE)"; fi
     if [[ $ASKED == end ]]; then finish "$status" "$what; asked to end, so it does not continue: submit it again to continue"; fi
     if (($(completed_steps) == BEGAN_AT && $(fruitless "$BEGAN_AT") >= MAX_ATTEMPTS)); then
         finish 3 "$what; $MAX_ATTEMPTS attempts in a row have completed no step after $BEGAN_AT: needs a person"
     fi
     say "$what; continues as attempt $((ATTEMPT + 1))"
+    end_servers
+    requeue "$status"
+}
+
+# requeue STATUS: end this attempt for the next; with STATUS where that cannot be.
+requeue() {
     # Slurm ends this script while it waits; otherwise it would fall through to its end.
     trap - USR1 USR2 TERM
-    scontrol requeue "$SLURM_JOB_ID" && sleep 120
-    finish "$status" "could not be requeued: submit it again to continue"
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        for _ in {1..120}; do sleep 1; done
+    fi
+    finish "$1" "could not be requeued: submit it again to continue"
 }
 
 # Whether the job still runs as this attempt: a cancelled one, or one that runs elsewhere already, is not to be touched.
 is_mine() {
     local record restarts
     record=$(scontrol show job -o "$SLURM_JOB_ID") || { STATE=unknown; return 1; }
+    record=${record%%$'\n'*}   # of a heterogeneous job the first component
     STATE=$(grep -o 'JobState=[A-Z_]*' <<<"$record" | cut -d= -f2)
     restarts=$(grep -o 'Restarts=[0-9]*' <<<"$record" | cut -d= -f2)
     [[ $STATE == RUNNING && $restarts == "${SLURM_RESTART_COUNT:-0}" ]]
 }
 
 finish() {
+    end_servers
     say "$2 (exit code $1)"
     exit "$1"
 }

@@ -51,7 +51,7 @@ def rows(variables: Mapping[str, str], launched: Launch) -> list[tuple[str, str]
     return [
         ("job", f"{job} ({variables.get('SLURM_JOB_NAME', '?')}), {describe(record)}"),
         ("partition", variables.get("SLURM_JOB_PARTITION", "?")),
-        ("nodes", f"{variables.get('SLURM_JOB_NUM_NODES', '?')}: {variables.get('SLURM_JOB_NODELIST', '?')}"),
+        ("nodes", _nodes(variables)),
         ("this node", f"{node_name()}, number {variables.get('SLURM_NODEID', '?')}"),
         ("attempt", str(int(variables.get("SLURM_RESTART_COUNT", "0")) + 1)),
         ("tasks", _tasks(variables, launched)),
@@ -100,6 +100,16 @@ def describe_job(job: str) -> list[tuple[str, str]]:
         ("time", _time(record)),
         ("log", record.get("StdOut", "?")),
     ]
+
+
+def _nodes(variables: Mapping[str, str]) -> str:
+    """Of a heterogeneous job those of every component: the trainer's first, then the servers'."""
+    components = range(int(variables.get("SLURM_HET_SIZE", "0")))
+    ends = [f"_HET_GROUP_{number}" for number in components] or [""]
+    return ", and ".join(
+        f"{variables.get(f'SLURM_JOB_NUM_NODES{end}', '?')}: {variables.get(f'SLURM_JOB_NODELIST{end}', '?')}"
+        for end in ends
+    )
 
 
 def _tasks(variables: Mapping[str, str], launched: Launch) -> str:

@@ -15,20 +15,7 @@ import pytest
 from megatron_a3po.rollout.vllm import recipe
 from megatron_a3po.rollout.vllm.places import PLUGIN, new_token_file
 from tests.trainer.replay import Replays
-
-STAND_IN = """
-import http.server, os, sys
-values = dict(zip(sys.argv[1:], sys.argv[2:]))
-if os.path.exists("broken"):
-    sys.exit("broken")
-class Health(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        right = self.headers["Authorization"] == "Bearer " + open(os.environ["A3PO_VLLM_TOKEN_FILE"]).read()
-        self.send_response(500 if os.path.exists("sick") else 200 if right else 401)
-        self.end_headers()
-    def log_message(self, *_): pass
-http.server.HTTPServer((values["--host"], int(values["--port"])), Health).serve_forever()
-"""
+from tests.vllm_stand_in import write_stand_in
 
 
 class Site:
@@ -36,9 +23,7 @@ class Site:
 
     def __init__(self, root: Path) -> None:
         self.root, self.folder = root, root / "servers"
-        package = root / "vllm" / "entrypoints" / "openai"
-        package.mkdir(parents=True)
-        (package / "api_server.py").write_text(STAND_IN)
+        write_stand_in(root)
         new_token_file(root / "token")
         variables = {"A3PO_VLLM_TOKEN_FILE": str(root / "token"), "A3PO_VLLM_LAUNCHED": "1"}
         (root / "recipe.json").write_text(json.dumps({"arguments": [], "environment": variables}))
@@ -99,7 +84,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 def test_it_registers_serves_comes_back_and_ends(site: Site) -> None:
-    registered = site.start("a")
+    registered = site.start("a", "--", "--seed", "1")
     first = site.url("a")
     assert is_alive(first)
     assert f"attempt 1, node {os.uname().nodename}" in (site.folder / "a.url").read_text()

@@ -89,11 +89,11 @@ class Cluster:
         munge = [f"--{name}={self.folder}/munge.{name}" for name in ("socket", "pid-file", "log-file")]
         munge += [f"--key-file={self.folder}/munge.key", f"--seed-file={self.folder}/munge.seed", "--force"]
         self._daemon("munged", "munged", "--foreground", *munge)
-        _wait(lambda: (self.folder / "munge.socket").exists(), "munge", self.logs)
+        wait_for(lambda: (self.folder / "munge.socket").exists(), "munge", self.logs)
         self._daemon("slurmctld", "slurmctld", "-D", "-i", "-f", str(self.configuration))
         for node in self.nodes:
             self.start_node(node)
-        _wait(lambda: self.states() == {"idle": len(self.nodes)}, "idle nodes", self.logs)
+        wait_for(lambda: self.states() == {"idle": len(self.nodes)}, "idle nodes", self.logs)
 
     def start_node(self, node: str) -> None:
         self._daemon(node, "slurmd", "-D", "-N", node, "-f", str(self.configuration))
@@ -108,12 +108,17 @@ class Cluster:
 
     def lose_node(self, node: str) -> None:
         """The node is gone from one moment to the next: its slurmd, the steps it watches, then their tasks."""
-        lost = [pid for pid in self.members() if _variables(pid).get("SLURMD_NODENAME") == node]
+        lost = [pid for pid in self.members() if variables_of(pid).get("SLURMD_NODENAME") == node]
         steps = [pid for pid in self.members() if _is_step_of(pid, node)]
         _end(self._daemons.pop(node), signal.SIGKILL)
         for pid in [*steps, *lost]:
             _kill(pid)
         # What slurmctld would find out by itself after SlurmdTimeout and a ping.
+        self.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
+    def cut_off(self, node: str) -> None:
+        """Slurm loses the node, and gives up what runs there; what runs there does not notice."""
+        _end(self._daemons.pop(node), signal.SIGKILL)
         self.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 
     def return_node(self, node: str) -> None:
@@ -126,7 +131,7 @@ class Cluster:
             subprocess.run(resume, env=self.environment(), capture_output=True, check=False)
             return self.states() == {"idle": len(self.nodes)}
 
-        _wait(is_back, f"{node} back", self.logs)
+        wait_for(is_back, f"{node} back", self.logs)
 
     def command(self, *argv: str, variables: Mapping[str, str] | None = None) -> str:
         """What one of Slurm's commands prints; an AssertionError with what it says if it fails."""
@@ -168,8 +173,8 @@ class Cluster:
             for pid in _pids()
             if pid not in daemons
             and (
-                _variables(pid).get("SLURM_CONF") == str(self.configuration)
-                or str(self.configuration) in _command_line(pid)
+                variables_of(pid).get("SLURM_CONF") == str(self.configuration)
+                or str(self.configuration) in command_line_of(pid)
                 or _is_step_of(pid, None, self.folder)
             )
         ]
@@ -251,11 +256,11 @@ class Job:
             assert not over, f"the job ended before {what}:\n{self.said()}"
             return False
 
-        _wait(holds, what, self.said, timeout_s)
+        wait_for(holds, what, self.said, timeout_s)
 
     def wait(self, timeout_s: float = PATIENCE_S) -> tuple[str, int]:
         """Its last state and the exit code of its script (0 where a signal ended it)."""
-        _wait(lambda: self.state in LAST_STATES, "the job's end", self.said, timeout_s)
+        wait_for(lambda: self.state in LAST_STATES, "the job's end", self.said, timeout_s)
         fields = self.fields()
         return fields["JobState"], int(fields["ExitCode"].split(":")[0])
 
@@ -267,13 +272,13 @@ class Job:
         """Processes of this job's steps that run the program, on one node or all; not the batch script's."""
         found = []
         for pid in _pids():
-            variables = _variables(pid)
+            variables = variables_of(pid)
             if (
                 variables.get("SLURM_CONF") == str(self.cluster.configuration)
                 and variables.get("SLURM_JOB_ID") == str(self.number)
                 and variables.get("SLURM_STEP_ID", "").isdigit()
                 and "SLURM_PROCID" in variables
-                and "megatron_a3po" in _command_line(pid)
+                and "megatron_a3po" in command_line_of(pid)
                 and node in (None, variables.get("SLURMD_NODENAME"))
             ):
                 found.append(pid)
@@ -295,7 +300,7 @@ def running(num_nodes: int, kill_wait_s: int = 3) -> Iterator[Cluster]:
         cluster.stop()
 
 
-def _wait(
+def wait_for(
     condition: Callable[[], bool], what: str, said: Callable[[], str], timeout_s: float = START_S
 ) -> None:
     deadline = time.monotonic() + timeout_s
@@ -330,7 +335,7 @@ def _pids() -> list[int]:
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
-def _variables(pid: int) -> dict[str, str]:
+def variables_of(pid: int) -> dict[str, str]:
     """The environment a process was started with; nothing where it is gone or another user's."""
     try:
         content = Path(f"/proc/{pid}/environ").read_bytes()
@@ -340,7 +345,7 @@ def _variables(pid: int) -> dict[str, str]:
     return {name: text for name, _, text in pairs}
 
 
-def _command_line(pid: int) -> str:
+def command_line_of(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
     except OSError:
@@ -349,7 +354,7 @@ def _command_line(pid: int) -> str:
 
 def _is_step_of(pid: int, node: str | None, folder: Path | None = None) -> bool:
     """Whether this is a slurmstepd; its environment is empty, its file descriptors tell whose it is."""
-    if "slurmstepd" not in _command_line(pid):
+    if "slurmstepd" not in command_line_of(pid):
         return False
     try:
         targets = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]

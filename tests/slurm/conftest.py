@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
@@ -11,10 +10,10 @@ import yaml
 from megatron_a3po.trainer.batch import batch_path
 from tests.slurm import cluster
 from tests.slurm.cluster import Cluster
+from tests.slurm.site import EVERY, ROOT, STEPS, Site
 from tests.trainer.replay import Replays
 
-ROOT = Path(__file__).parent.parent.parent
-NUM_NODES, STEPS, EVERY = 3, 40, 10
+NUM_NODES = 3
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +50,8 @@ def variables(runs: Replays) -> dict[str, str]:
         "PYTHONPATH": f"{runs.folder}:{ROOT}",
         "OMP_NUM_THREADS": "1",
     }
+
+
+@pytest.fixture(scope="session")
+def site(slurm: Cluster, runs: Replays, variables: dict[str, str]) -> Site:
+    return Site(slurm, runs, variables)

@@ -2,19 +2,14 @@
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.slurm.cluster import Cluster, Job
-from tests.slurm.conftest import EVERY, ROOT, STEPS
+from tests.slurm.site import EVERY, MIDDLE, STEPS, TP2, TP2_PP2, Site, doctor, in_the_middle
 from tests.trainer.replay import Replays, Rows, Weights, identical, logs_of, without_times
 from tests.trainer.test_resume import num_rows, step_of
 
-TP2 = ["actor.tensor_model_parallel_size=2"]
-TP2_PP2 = [*TP2, "actor.pipeline_model_parallel_size=2"]
-MIDDLE = EVERY + 2
 PASS_OVER = 'case "$*" in *--dry-run*) exec {python} "$@" ;; esac\n'
 
 
@@ -22,60 +17,6 @@ PASS_OVER = 'case "$*" in *--dry-run*) exec {python} "$@" ;; esac\n'
 def straight(runs: Replays) -> dict[int, tuple[Rows, Weights]]:
     """By number of ranks: the same run without Slurm and without a stop."""
     return {2: runs.run("straight-2", *TP2), 4: runs.run("straight-4", *TP2_PP2)}
-
-
-class Site:
-    """Who submits jobs: a cluster, a tiny run, and what the scripts take from their environment."""
-
-    def __init__(self, slurm: Cluster, runs: Replays, variables: dict[str, str]) -> None:
-        self.slurm, self.runs, self.variables = slurm, runs, variables
-
-    def submit(self, name: str, *options: str, ranks: int = 2, **changes: str) -> Job:
-        """A job of `ranks` ranks over two nodes, by default one on each; `changes` go into its environment."""
-        layout = TP2_PP2 if ranks == 4 else TP2
-        nodes = ["--nodes=2", f"--ntasks-per-node={ranks // 2}"]
-        return self.start(
-            "train_nodes.sbatch", [*nodes, *options], [*self.runs.argv(name)[1:], *layout], **changes
-        )
-
-    def start(self, script: str, options: list[str], argv: list[str], **changes: str) -> Job:
-        options = [f"--chdir={self.runs.folder}", "--time=40", *options]
-        variables = self.variables | changes
-        return self.slurm.submit(ROOT / "slurm" / script, *options, "--", *argv, variables=variables)
-
-    def program(self, name: str, text: str) -> str:
-        """A stand-in for the site's Python, a shell script."""
-        file = self.runs.folder / name
-        python = self.variables["A3PO_PYTHON"]
-        file.write_text("#!/bin/sh\n" + text.format(python=python) + f'exec {python} "$@"\n')
-        file.chmod(0o755)
-        return str(file)
-
-    def logs(self, job: Job, attempt: int) -> Path:
-        return self.runs.folder / "logs" / f"job-{job.number}" / f"attempt-{attempt}"
-
-    def told(self, job: Job, name: str) -> str:
-        """Everything about a job whose test failed."""
-        return job.said() + logs_of(self.runs.folder / name)
-
-    def has_continued(self, job: Job, name: str, straight: tuple[Rows, Weights]) -> list[int]:
-        """Of a job that continued by itself: that it is done, once, with the numbers of the straight run. The attempt
-        that each step is of."""
-        assert job.wait() == ("COMPLETED", 0), self.told(job, name)
-        assert job.restarts == 1, self.told(job, name)
-        rows = self.runs.rows(name)
-        assert without_times(rows) == without_times(straight[0])
-        assert identical(self.runs.weights(name), straight[1])
-        return [row["attempt"] for row in rows]
-
-
-@pytest.fixture(scope="module")
-def site(slurm: Cluster, runs: Replays, variables: dict[str, str]) -> Site:
-    return Site(slurm, runs, variables)
-
-
-def in_the_middle(job: Job, run_dir: Path) -> None:
-    job.wait_for(lambda: num_rows(run_dir) >= MIDDLE, "a step after the first checkpoint")
 
 
 def test_a_job_that_is_told_to_stop_goes_on_as_if_nothing_had_been(site: Site, straight) -> None:
@@ -114,6 +55,30 @@ def test_a_job_that_loses_a_node_goes_on_elsewhere(site: Site, straight) -> None
     assert EVERY <= attempts.count(1) < STEPS  # what came after the last checkpoint was done again
     assert job.fields()["NodeList"] == "n[0,2]"
     assert "attempt 2: begins on n[0,2]" in job.output()
+
+
+def test_a_node_that_is_cut_off_but_runs_is_fenced_off(site: Site, straight) -> None:
+    """Slurm has lost the node and runs the job elsewhere; there the old tasks stand still, and then go on."""
+    run_dir = site.runs.folder / "cut-off"
+    job = site.start("train.sbatch", [], [*site.runs.argv("cut-off")[1:], *TP2])
+    in_the_middle(job, run_dir)
+    (node,) = {*site.nodes_of(job.tasks())}
+    old = job.tasks()
+    for pid in old:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        site.slurm.cut_off(node)
+        job.wait_for(lambda: "fences it off" in site.take_over(job, 2), "the next attempt")
+        assert {*old} <= {*job.tasks(node)}, "the old attempt is alive"
+        for pid in old:
+            os.kill(pid, signal.SIGCONT)
+        attempts = site.has_continued(job, "cut-off", straight[2])
+    finally:
+        site.slurm.return_node(node)
+    assert {1, 3} == {*attempts}  # 2 is the number that fenced
+    assert "attempt 1 of" in logs_of(run_dir)
+    assert "is fenced off" in logs_of(run_dir)
+    assert f"begins on {node}" not in job.output().split("attempt 2: ")[-1]
 
 
 def test_a_job_whose_task_is_killed_goes_on(site: Site, straight) -> None:
@@ -236,9 +201,3 @@ def test_a_real_time_limit(site: Site) -> None:
     assert "asked to stop, then to continue" in job.output()
     assert [row["step"] for row in site.runs.rows("limited")] == list(range(1, steps + 1))
     assert num_rows(run_dir) == steps, "a step was done twice: some attempt ended without its checkpoint"
-
-
-def doctor(site: Site, job: Job) -> str:
-    """How the job stands, in words."""
-    program = [site.variables["A3PO_PYTHON"], "-m", "megatron_a3po", "doctor", "--slurm", str(job.number)]
-    return site.slurm.command(*program, variables=site.variables)

@@ -42,6 +42,17 @@ def test_what_a_batch_shell_sees() -> None:
     assert "train starts its ranks itself" in dict(rows(shell, read_launch(shell)))["tasks"]
 
 
+def test_a_heterogeneous_job_has_nodes_of_each_kind() -> None:
+    groups = {"SLURM_HET_SIZE": "2"}
+    for number, (count, nodes) in enumerate([("2", "n[0-1]"), ("8", "m[0-7]")]):
+        groups |= {
+            f"SLURM_JOB_NUM_NODES_HET_GROUP_{number}": count,
+            f"SLURM_JOB_NODELIST_HET_GROUP_{number}": nodes,
+        }
+    found = dict(rows(TASK | groups, read_launch(TASK)))
+    assert found["nodes"] == "2: n[0-1], and 8: m[0-7]"
+
+
 def test_no_job_is_said() -> None:
     with pytest.raises(InputError, match="SLURM_JOB_ID is not set"):
         rows({}, read_launch({}))

@@ -55,6 +55,9 @@ class Registration:
         node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         self._write(".url", f"{url}\nattempt {self.attempt}, node {node}, pid {os.getpid()}\n")
 
+    def is_entered(self) -> bool:
+        return self._file(".url").exists()
+
     def leave(self) -> None:
         if not self.is_fenced():
             self._file(".url").unlink(missing_ok=True)
@@ -72,7 +75,7 @@ class Registration:
 
 
 class Served:
-    """One start of the server, and its process. Its session is its own: signals to this task are not its."""
+    """One start of the server, and its process, which hears of its end from here alone."""
 
     def __init__(self, recipe: dict[str, Any], extra: Sequence[str], address: str, grace_s: float) -> None:
         self.address, self.port, self._grace_s = address, _free_port(address), grace_s
@@ -87,6 +90,7 @@ class Served:
             env=environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=_leave_wishes_to_this_one,
         )
 
     def died(self) -> int | None:
@@ -131,8 +135,8 @@ def tend(own: Registration, served: Served, asked: threading.Event, until: Path 
         if time.monotonic() >= next_check:
             if served.answers():
                 unhealthy = 0
-                if not answered:
-                    answered = True
+                answered = True
+                if not own.is_entered():  # the first time, or where somebody took the file away
                     own.enter(served.url)
                     say(f"serves at {served.url}")
             elif answered and (unhealthy := unhealthy + 1) >= MAX_UNHEALTHY:
@@ -187,14 +191,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--attempt", type=int, default=1)
     parser.add_argument("--until", type=Path, help="end once this file is there")
     parser.add_argument("--grace", type=float, default=15.0, metavar="SECONDS", help="for requests under way")
-    parser.add_argument("extra", nargs="*", metavar="ARGUMENT", help="of vLLM's server, after --")
-    arguments = parser.parse_args(argv)
+    parser.epilog = "What comes after -- are arguments of vLLM's server."
+    given = list(sys.argv[1:] if argv is None else argv)
+    split = given.index("--") if "--" in given else len(given)
+    arguments = parser.parse_args(given[:split])
+    arguments.extra = given[split + 1 :]
     return serve(Registration(arguments.folder, arguments.name, arguments.attempt), arguments, asked)
 
 
 def say(line: str) -> None:
     sys.stdout.write(f"{time.strftime('%FT%T')} {line}\n")
     sys.stdout.flush()
+
+
+def _leave_wishes_to_this_one() -> None:
+    """Slurm signals all processes of a task."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _free_port(address: str) -> int:
