@@ -16,6 +16,7 @@ from megatron_a3po import errors
         (errors.TrainingError, 3),
         (errors.RolloutError, 3),
         (errors.RewardError, 3),
+        (errors.FencedError, 3),
     ],
 )
 def test_exit_codes_and_problems(kind: type[errors.A3POError], exit_code: int):
