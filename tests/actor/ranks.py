@@ -41,7 +41,7 @@ def on_actors(
             local_rank=rank,
             init_method=f"file://{rendezvous}",
             seed=1,
-            timeout_s=60,
+            timeout_s=run_s,
         )
         shape = read_model_shape(str(model))
         return function(Actor(section, model_section, shape, grid, temperature=temperature, seed=1))

@@ -19,6 +19,13 @@ SERVERS = "rollout.servers=['http://10.0.0.5:8000','https://node7']"
         ["rollout.engine=vllm", "rollout.servers_file=not/there/yet"],
         ["rollout.engine=vllm", SERVERS, "rollout.on_update=keep_kv", "rollout.segment_tokens=64"],
         ["rollout.engine=vllm", SERVERS, "rollout.canary_every=1", "rollout.server_timeout_s=60"],
+        ["rollout.engine=vllm", SERVERS, "rollout.weight_staging=host"],
+        [
+            "rollout.engine=vllm",
+            SERVERS,
+            "rollout.weight_transport=collective",
+            "rollout.weight_bucket_bytes=1000000",
+        ],
     ],
     ids=" ".join,
 )
@@ -31,6 +38,12 @@ def test_accepted(load, overrides: list[str]):
     [
         (["rollout.launch=1"], ["rollout.launch is 1", "set rollout.engine=vllm"]),
         (["rollout.on_update=restart"], ["rollout.on_update", "no servers"]),
+        (["rollout.weight_transport=collective"], ["rollout.weight_transport", "no servers"]),
+        (["rollout.engine=vllm", SERVERS, "rollout.weight_transport=rsync"], ["rsync", "collective"]),
+        (
+            ["rollout.engine=vllm", SERVERS, "rollout.weight_bucket_bytes=1000"],
+            ["rollout.weight_bucket_bytes", "rollout.weight_transport=collective"],
+        ),
         (["rollout.engine=vllm"], ["exactly one of", "none of them"]),
         (
             ["rollout.engine=vllm", SERVERS, "rollout.launch=1"],
