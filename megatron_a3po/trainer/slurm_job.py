@@ -29,6 +29,10 @@ STATES: Mapping[str, str] = {
     "BOOT_FAIL": "a node did not start: submit it again",
     "DEADLINE": "could not end before its deadline: submit it again with another",
     "REVOKED": "ran in another cluster of the federation",
+    "REQUEUE_HOLD": "was requeued and is held: scontrol release lets it continue",
+    "SPECIAL_EXIT": "was requeued and is held, by its exit code: see its log, then scontrol release",
+    "LAUNCH_FAILED": "could not be started on its nodes: see to them (sinfo -R), submit it again",
+    "RECONFIG_FAIL": "its nodes could not be made ready: see to them (sinfo -R), submit it again",
 }
 
 ENDINGS: Mapping[int, str] = {  # of FAILED, by the exit code of its script
