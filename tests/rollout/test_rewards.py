@@ -1,7 +1,9 @@
 import asyncio
 import os
+import signal
 import time
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
@@ -27,10 +29,20 @@ def bad_reward(prompt: str, response: str, answer: str) -> float:
 
 def slow_reward(prompt: str, response: str, answer: str) -> float:
     if response == "slow":
-        time.sleep(60)
+        time.sleep(600)
     if response == "crash":
         os._exit(9)
     return 1.0
+
+
+def killed_once_reward(prompt: str, response: str, answer: str) -> float:
+    """As a process killed from outside: the next one does not die."""
+    try:
+        Path(answer).touch(exist_ok=False)
+    except FileExistsError:
+        return 1.0
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0.0
 
 
 def text_reward(prompt: str, response: str, answer: str) -> str:
@@ -114,7 +126,12 @@ def test_a_call_over_its_time_or_a_crash_fails_alone_and_the_next_goes_on():
     scorer = function("slow_reward", timeout_s=1.0)
     started = time.monotonic()
     assert scores(scorer, "good", "slow", "good", "crash", "good") == [1.0, None, 1.0, None, 1.0]
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 300
+
+
+def test_a_call_whose_process_was_killed_is_made_again(tmp_path: Path):
+    scorer = function("killed_once_reward", max_failures=1)
+    assert scores(scorer, "a", "b", answer=str(tmp_path / "killed")) == [1.0, 1.0]
 
 
 def test_failures_in_a_row_stop_the_run_with_the_rewards_own_traceback():

@@ -27,6 +27,10 @@ class RewardFailed(Exception):
     """One failed call; the text is the function's own traceback."""
 
 
+class WorkerDied(RewardFailed):
+    """The process that made the call ended in it."""
+
+
 class Runner(Protocol):
     async def start(self) -> None: ...
     async def call(self, prompt: str, response: str, answer: str) -> float: ...
@@ -101,6 +105,12 @@ class WorkerRunner:
             self._free.put_nowait(None)  # started when needed
 
     async def call(self, prompt: str, response: str, answer: str) -> float:
+        try:
+            return await self._call_once(prompt, response, answer)
+        except WorkerDied:  # killed from outside, perhaps; a function that ends its process does so again
+            return await self._call_once(prompt, response, answer)
+
+    async def _call_once(self, prompt: str, response: str, answer: str) -> float:
         worker = await self._free.get()
         try:
             worker = worker or await self._start_worker()
@@ -112,7 +122,7 @@ class WorkerRunner:
         except (asyncio.IncompleteReadError, BrokenPipeError, ConnectionResetError):
             code = await self._end(worker)
             worker = None
-            raise RewardFailed(f"the reward function's process ended with exit code {code}") from None
+            raise WorkerDied(f"the reward function's process ended with exit code {code}") from None
         except asyncio.CancelledError:
             await self._end(worker)  # its answer would be taken for the next call's
             worker = None
