@@ -5,6 +5,7 @@ machine, so that every test that can shares this one: a test takes a fleet of it
 """
 
 import asyncio
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -15,10 +16,11 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from megatron_a3po.config import read_model_shape
 from megatron_a3po.rollout.engines.vllm import VllmEngine
 from megatron_a3po.rollout.vllm.fleet import Fleet
 from megatron_a3po.rollout.vllm.places import GivenPlace, Launch, LaunchedPlace, Place, new_token_file
-from megatron_a3po.rollout.vllm.server import OnUpdate, Server
+from megatron_a3po.rollout.vllm.server import OnUpdate, Server, Wanted
 
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE, EOS_ID, MAX_TOKENS = 64, 1, 512
@@ -66,6 +68,10 @@ class VllmServer:
     def connect(self, url: str, on_update: OnUpdate = "recompute_kv") -> Server:
         return Server(url, token=self.token, on_update=on_update, timeout_s=120)
 
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(MAX_TOKENS, read_model_shape(self.versions[0]), "float32")
+
     def place(self, on_update: OnUpdate = "recompute_kv", url: str | None = None) -> Place:
         return GivenPlace(url or self.url, lambda url: self.connect(url, on_update), timeout_s=60)
 
@@ -78,15 +84,22 @@ class VllmServer:
         segment_tokens: int = MAX_TOKENS,
         eos: bool = True,
         directory: Path | None = None,
+        wanted: Wanted | None = None,
+        timeout_s: float = START_S,
+        fails: bool = False,
     ):
-        """An engine whose servers have version 0, or the weights of `directory` by that name."""
+        """An engine whose servers have version 0, or the weights of `directory` by that name. Unless it `fails` as the
+        test expects, its failure ends the test, which would wait for answers for ever."""
+        test = asyncio.current_task()
 
         places = places or [self.place(on_update)]
 
         async def find() -> Sequence[Place]:
             return places
 
-        fleet = Fleet(find, 0, directory or self.versions[0], max_tokens=MAX_TOKENS, timeout_s=START_S)
+        fleet = Fleet(
+            find, 0, directory or self.versions[0], wanted=wanted or self.wanted, timeout_s=timeout_s
+        )
         engine = VllmEngine(
             fleet,
             eos_token_ids=[EOS_ID] if eos else [],
@@ -95,9 +108,21 @@ class VllmServer:
             segment_tokens=segment_tokens,
             one_version=on_update == "restart",
         )
+
+        async def watch() -> None:
+            try:
+                await engine.failed()
+            except Exception as error:
+                logging.getLogger(__name__).exception("the engine failed")
+                assert test is not None
+                test.cancel(f"the engine failed: {error}")
+
+        watching = None if fails else asyncio.create_task(watch())
         try:
             yield engine
         finally:
+            if watching is not None:
+                watching.cancel()
             await engine.close()
 
 

@@ -9,9 +9,10 @@ import pytest
 
 from megatron_a3po.rollout.vllm.fleet import Fleet
 from megatron_a3po.rollout.vllm.registrations import Registrations
-from megatron_a3po.rollout.vllm.server import Server
+from megatron_a3po.rollout.vllm.server import Server, Wanted
 from megatron_a3po.rollout.vllm.wire import ServerError, Unreachable
 
+NOTHING: Any = None
 A, B, C = (f"http://10.0.0.{number}:8000" for number in range(3))
 
 
@@ -73,14 +74,19 @@ class NearServer:
 
     def __init__(self, name: str) -> None:
         self.name, self.version, self.tokens_in_flight = name, None, 0
+        self.is_staged, self.stall_s = True, 0.0
         self.unsuitable = False
 
-    async def refuse_unsuitable(self, max_tokens: int) -> None:
+    async def refuse_unsuitable(self, wanted: Wanted) -> None:
         if self.unsuitable:
             raise ServerError("another model")
 
-    async def update(self, version: int, directory: Path) -> None:
+    async def receive(self, source: dict[str, Any]) -> None: ...
+
+    async def finish_update(self, version: int) -> None:
         self.version = version
+
+    async def prove_answer(self) -> None: ...
 
     async def check_health(self) -> None: ...
 
@@ -113,7 +119,7 @@ def test_the_fleet_takes_newcomers_and_lets_go(tmp_path: Path, monkeypatch: pyte
                 await asyncio.sleep(0.01)
 
     async def run() -> None:
-        fleet = Fleet(find, 0, tmp_path, max_tokens=8, timeout_s=60)
+        fleet = Fleet(find, 0, tmp_path, wanted=NOTHING, timeout_s=60)
         running = asyncio.create_task(fleet.run())
         await until(lambda: fleet.serving == [one.server])
         await fleet.update(1, tmp_path)

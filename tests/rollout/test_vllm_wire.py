@@ -20,8 +20,8 @@ ANSWER: dict[str, Any] = {
             "token_ids": [5, 6, 7],
             "logprobs": {"content": [{"token_id": t, "logprob": -t / 10, "rank": 1} for t in (5, 6, 7)]},
             "weight_versions": [
-                {"version": "3", "start": 0, "end": 1},
-                {"version": "12", "start": 1, "end": 3},
+                {"version": "1.3", "start": 0, "end": 1},
+                {"version": "1.12", "start": 1, "end": 3},
             ],
         }
     ]
@@ -30,7 +30,7 @@ REQUEST = SampleRequest(4, 1, np.array([9, 9], np.int32), 6, 0.7)
 
 
 def test_every_token_has_its_log_prob_and_version():
-    segment = read_segment(ANSWER)
+    segment = read(ANSWER)
     assert segment == Segment([5, 6, 7], [-0.5, -0.6, -0.7], [3, 12, 12], "length")
 
 
@@ -40,7 +40,12 @@ def broken(**changes: Any) -> dict[str, Any]:
     return answer
 
 
-SPAN = {"version": "3", "start": 0, "end": 3}
+def read(answer: Any) -> Segment:
+    return read_segment(answer, {"max_tokens": 3, "stop_token_ids": [1]}, vocab_size=64, attempt=1)
+
+
+SPAN = {"version": "1.3", "start": 0, "end": 3}
+LOGP = {"logprob": -0.5}
 
 
 @pytest.mark.parametrize(
@@ -67,6 +72,17 @@ SPAN = {"version": "3", "start": 0, "end": 3}
         broken(weight_versions=[SPAN | {"version": "default"}]),
         broken(weight_versions=[SPAN | {"version": None}]),
         broken(weight_versions=[SPAN | {"version": "-1"}]),
+        broken(weight_versions=[SPAN | {"version": "1.12", "end": 1}, SPAN | {"start": 1}]),
+        broken(token_ids=[5, 6, 64], logprobs={"content": [LOGP | {"token_id": t} for t in (5, 6, 64)]}),
+        broken(token_ids=[5, 6, -1], logprobs={"content": [LOGP | {"token_id": t} for t in (5, 6, -1)]}),
+        broken(finish_reason="stop"),
+        broken(token_ids=[5, 1, 7], logprobs={"content": [LOGP | {"token_id": t} for t in (5, 1, 7)]}),
+        broken(token_ids=[5, 6, 1], logprobs={"content": [LOGP | {"token_id": t} for t in (5, 6, 1)]}),
+        broken(
+            token_ids=[5, 6],
+            logprobs={"content": [LOGP | {"token_id": t} for t in (5, 6)]},
+            weight_versions=[SPAN | {"end": 2}],
+        ),
         broken(finish_reason="error"),
         broken(finish_reason=None),
         broken(token_ids=[], logprobs=None, weight_versions=None),
@@ -75,17 +91,17 @@ SPAN = {"version": "3", "start": 0, "end": 3}
 )
 def test_an_answer_that_does_not_fit_together_is_refused_whole(answer: Any):
     with pytest.raises(ServerError):
-        read_segment(answer)
+        read(answer)
 
 
 def test_an_abort_may_come_before_the_first_token():
     answer = broken(token_ids=[], logprobs=None, weight_versions=None, finish_reason="abort")
-    assert read_segment(answer) == Segment([], [], [], "abort")
+    assert read(answer) == Segment([], [], [], "abort")
 
 
 def test_a_log_prob_that_json_cannot_say_stays_non_finite():
     content = [{"token_id": t, "logprob": -9999.0} for t in (5, 6, 7)]
-    assert read_segment(broken(logprobs={"content": content})).logps == [-math.inf] * 3
+    assert read(broken(logprobs={"content": content})).logps == [-math.inf] * 3
 
 
 def test_random_numbers_differ_by_seed_prompt_sample_and_position():
@@ -130,8 +146,9 @@ def test_a_response_of_one_version_begins_anew_where_another_reaches_it():
 
 
 GOOD = {
-    "model_config": {"logprobs_mode": "processed_logprobs", "max_model_len": 512},
-    "weight_transfer_config": {"backend": "disk"},
+    "model_config": {"logprobs_mode": "processed_logprobs", "max_model_len": 512, "dtype": "torch.float32"},
+    "weight_transfer_config": {"backend": "a3po"},
+    "parallel_config": {"worker_extension_cls": "a3po_vllm.staging.Staging"},
 }
 
 
@@ -140,12 +157,14 @@ GOOD = {
     [
         ("model_config", {"logprobs_mode": "raw_logprobs"}, "--logprobs-mode processed_logprobs"),
         ("model_config", {"max_model_len": 511}, "--max-model-len 512"),
+        ("model_config", {"dtype": "torch.bfloat16"}, "--dtype float32"),
         ("weight_transfer_config", {"backend": "nccl"}, "--weight-transfer-config"),
         ("weight_transfer_config", None, "PYTHONPATH"),
+        ("parallel_config", {"worker_extension_cls": ""}, "--worker-extension-cls a3po_vllm.staging.Staging"),
     ],
 )
 def test_a_server_started_without_a_flag_is_told_which(section: str, change: dict | None, flag: str):
-    assert unsuitable(GOOD, 512) == []
+    assert unsuitable(GOOD, 512, "float32") == unsuitable(GOOD, 512, None) == []
     changed = None if change is None else GOOD[section] | change
-    (sentence,) = unsuitable(GOOD | {section: changed}, 512)
+    (sentence,) = unsuitable(GOOD | {section: changed}, 512, "float32")
     assert flag in sentence

@@ -26,10 +26,11 @@ from megatron_a3po.rollout.vllm.fleet import Fleet
 from megatron_a3po.rollout.vllm.places import GivenPlace, LaunchedPlace, Place, new_token_file
 from megatron_a3po.rollout.vllm.recipe import launch_of
 from megatron_a3po.rollout.vllm.registrations import Registrations
-from megatron_a3po.rollout.vllm.server import Server
-from megatron_a3po.rollout.vllm.wire import Segment, ServerError, generate_body
+from megatron_a3po.rollout.vllm.server import Server, Wanted
+from megatron_a3po.rollout.vllm.wire import Foreign, Segment, ServerError, generate_body
 
 REMEMBERED_SEGMENTS = 100_000
+ATTEMPTS = 10  # of one request
 EVALUATION_SHARE = 4  # so many training requests are under way for one of an evaluation
 
 
@@ -43,12 +44,14 @@ class Response:
     logps: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    num_lost: int = 0  # requests since the last confirmed segment
 
     @property
     def num_missing(self) -> int:
         return self.request.max_response_tokens - len(self.tokens)
 
     def add(self, segment: Segment) -> None:
+        self.num_lost = 0
         if self.one_version and len({*self.versions, *segment.versions}) > 1:
             self._begin_anew()
             return
@@ -94,7 +97,7 @@ class VllmEngine:
         self._slots = asyncio.Semaphore(max_concurrent_samples)
         self._greedy_slots = asyncio.Semaphore(max(1, max_concurrent_samples // EVALUATION_SHARE))
         self._closing = False
-        self._num_lost = 0
+        self._num_lost = self._num_discarded = 0
         self._segments: deque[Span] = deque(maxlen=REMEMBERED_SEGMENTS)
         self._running = asyncio.create_task(fleet.run(), name="vllm servers")
 
@@ -103,7 +106,8 @@ class VllmEngine:
         return self._fleet.version
 
     async def generate(self, requests: Sequence[SampleRequest]) -> list[Sample]:
-        return list(await asyncio.gather(*(self._respond(request) for request in requests)))
+        cached_at: dict[int, Server] = {}  # by prompt
+        return list(await asyncio.gather(*(self._respond(request, cached_at) for request in requests)))
 
     async def update_weights(self, version: int, directory: Path) -> int:
         return await self._fleet.update(version, directory)
@@ -123,9 +127,16 @@ class VllmEngine:
                 samples[str(server)] = response.sample()
         return samples
 
+    def publication_metrics(self) -> Mapping[str, float]:
+        return {} if self._fleet.last_update is None else self._fleet.last_update.metrics()
+
     def take_num_lost(self) -> int:
         lost, self._num_lost = self._num_lost, 0
         return lost
+
+    def take_num_discarded(self) -> int:
+        discarded, self._num_discarded = self._num_discarded, 0
+        return discarded
 
     def sampled_between(self, start: float, end: float) -> int:
         """A segment's tokens count as spread evenly over the time it took."""
@@ -149,17 +160,23 @@ class VllmEngine:
         await asyncio.gather(self._running, return_exceptions=True)
         await self._fleet.close()
 
-    async def _respond(self, request: SampleRequest) -> Sample:
-        response = Response(request, self._one_version)
+    async def _respond(self, request: SampleRequest, cached_at: dict[int, Server]) -> Sample:
+        """Each segment where the one before went, a first one where the group's last went, if there is little between
+        the servers: that one has the prefix in its cache."""
+        response, near = Response(request, self._one_version), None
         async with self._greedy_slots if request.greedy else self._slots:
             while response.finish_reason is None and not self._closing:
-                server = await self._fleet.pick()
+                server = await self._fleet.pick(near or cached_at.get(request.prompt_index))
+                near = cached_at[request.prompt_index] = server
                 if (segment := await self._segment(server, response)) is not None:
                     response.add(segment)
         return response.sample()
 
     async def _segment(self, server: Server, response: Response) -> Segment | None:
-        """The next segment from this server; None where it failed, which puts it out."""
+        """The next segment from this server; None where that failed, and what it had generated is lost.
+
+        Errors: RolloutError for a request that fails wherever it goes.
+        """
         request = response.request
         body = generate_body(
             request,
@@ -167,15 +184,24 @@ class VllmEngine:
             min(self._segment_tokens, response.num_missing),
             seed=self._seed,
             eos_token_ids=self._eos_token_ids,
-            cache_salt=f"v{server.version}",
+            cache_salt=server.cache_salt,
         )
         begun = time.monotonic()
         try:
             segment = await server.generate(body)
         except ServerError as error:
-            if not self._closing:
-                self._num_lost += 1
+            if isinstance(error, Foreign):
+                self._num_discarded += error.num_tokens
                 await self._fleet.evict(server, error)
+            elif not self._closing:
+                self._num_lost += 1
+                response.num_lost += 1
+                if response.num_lost == ATTEMPTS:
+                    raise RolloutError(
+                        f"{ATTEMPTS} requests in a row for prompt {request.prompt_index} failed; the last of them on "
+                        f"the vLLM server {server}: {error}"
+                    ) from error
+                await self._fleet.failed(server, error)
             return None
         if not request.greedy:
             name, tokens = name_of(segment.versions), {"tokens": len(segment.tokens)}
@@ -183,16 +209,22 @@ class VllmEngine:
         return segment
 
 
-def create_vllm_engine(config: Config, run_dir: Path, directory: Path, version: int) -> VllmEngine:
+def create_vllm_engine(
+    config: Config, run_dir: Path, attempt: int, directory: Path, version: int
+) -> VllmEngine:
     """The engine of a configuration; its servers are started and looked for while it already runs."""
     rollout = config.rollout
-    max_tokens = config.data.max_prompt_tokens + rollout.max_response_tokens
-
-    find_places = find_launched_or_given(config, run_dir)
-    fleet = Fleet(find_places, version, directory, max_tokens=max_tokens, timeout_s=rollout.timeout_s)
+    shape = read_model_shape(config.model.hf_path)
+    wanted = Wanted(
+        config.data.max_prompt_tokens + rollout.max_response_tokens,
+        shape,
+        None if config.actor.bf16 else "float32",
+    )
+    find_places = find_launched_or_given(config, run_dir, attempt)
+    fleet = Fleet(find_places, version, directory, wanted=wanted, timeout_s=rollout.timeout_s)
     return VllmEngine(
         fleet,
-        eos_token_ids=read_model_shape(config.model.hf_path).eos_token_ids,
+        eos_token_ids=shape.eos_token_ids,
         seed=config.trainer.seed,
         max_concurrent_samples=rollout.max_concurrent_samples,
         segment_tokens=rollout.segment,
@@ -200,7 +232,9 @@ def create_vllm_engine(config: Config, run_dir: Path, directory: Path, version: 
     )
 
 
-def find_launched_or_given(config: Config, run_dir: Path) -> Callable[[], Awaitable[Sequence[Place]]]:
+def find_launched_or_given(
+    config: Config, run_dir: Path, attempt: int
+) -> Callable[[], Awaitable[Sequence[Place]]]:
     """How the fleet learns of its places: only `rollout.servers_file` may name others later."""
     rollout = config.rollout
     token = (
@@ -208,12 +242,12 @@ def find_launched_or_given(config: Config, run_dir: Path) -> Callable[[], Awaita
     )
 
     def connect_with_token(url: str) -> Server:
-        return connect(config, url, token)
+        return connect(config, url, token, attempt)
 
     if rollout.servers_file is not None:
         return Registrations(Path(rollout.servers_file), connect_with_token, rollout.timeout_s).find
     places: Sequence[Place] = (
-        launched_places(config, run_dir)
+        launched_places(config, run_dir, attempt)
         if rollout.launch is not None
         else [GivenPlace(url, connect_with_token, rollout.timeout_s) for url in rollout.servers or ()]
     )
@@ -224,16 +258,23 @@ def find_launched_or_given(config: Config, run_dir: Path) -> Callable[[], Awaita
     return the_same
 
 
-def connect(config: Config, url: str, token: str | None) -> Server:
+def connect(config: Config, url: str, token: str | None, attempt: int) -> Server:
     rollout = config.rollout
-    return Server(url, token=token, on_update=rollout.update_mode, timeout_s=rollout.timeout_s)
+    return Server(
+        url,
+        token=token,
+        on_update=rollout.update_mode,
+        timeout_s=rollout.timeout_s,
+        is_staged=rollout.is_staged,
+        attempt=attempt,
+    )
 
 
-def launched_places(config: Config, run_dir: Path) -> list[Place]:
+def launched_places(config: Config, run_dir: Path, attempt: int) -> list[Place]:
     rollout = config.rollout
     assert rollout.launch is not None
     token_file = run_dir / "vllm.token"
     token = new_token_file(token_file)
     launch = launch_of(config, token_file, rollout.launch, on_cpu=not torch.cuda.is_available())
     logs = (run_dir / "logs" / f"vllm-{number}.log" for number in range(rollout.launch))
-    return [LaunchedPlace(launch, log, lambda url: connect(config, url, token)) for log in logs]
+    return [LaunchedPlace(launch, log, lambda url: connect(config, url, token, attempt)) for log in logs]

@@ -13,15 +13,18 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from megatron_a3po.errors import ConfigError, RolloutError
+from megatron_a3po.errors import A3POError, ConfigError, RolloutError, ServersGone
 from megatron_a3po.rollout.vllm.places import Place
-from megatron_a3po.rollout.vllm.server import Server
-from megatron_a3po.rollout.vllm.wire import ServerError, Unreachable
+from megatron_a3po.rollout.vllm.server import Server, Wanted
+from megatron_a3po.rollout.vllm.updates import Updated, update_servers
+from megatron_a3po.rollout.vllm.wire import ServerError, TimedOut, Unreachable
 
 logger = logging.getLogger(__name__)
 
 HEALTH_EVERY_S = 5.0
 AGAIN_AFTER_S = 2.0
+FAILURES = 3  # in a row are no accident
+CLOSE = 1.25  # a cached prefix is worth so many times the tokens in flight of the idlest server
 
 
 class Fleet:
@@ -35,7 +38,7 @@ class Fleet:
         version: int,
         directory: Path,
         *,
-        max_tokens: int,
+        wanted: Wanted,
         timeout_s: float,
     ) -> None:
         self.version = version
@@ -46,14 +49,22 @@ class Fleet:
         self._left: list[Place] = []
         self._any_has_served = False
         self._newest = (version, directory)
-        self._max_tokens = max_tokens
+        self._wanted = wanted
         self._timeout_s = timeout_s
         self._updating = asyncio.Lock()
+        self.last_update: Updated | None = None
         self._changed = asyncio.Condition()
         self._trouble = "none has answered yet"
 
     async def run(self) -> None:
-        """Until cancelled, or until no server has been there for the time of `rollout.server_timeout_s`."""
+        """Until cancelled. Errors: ServersGone once none has been there for the time of `rollout.server_timeout_s`;
+        ConfigError, RolloutError for a server that can never serve."""
+        try:
+            await self._run()
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._give_up())
             while True:
@@ -89,13 +100,28 @@ class Fleet:
                 self._servers.pop(place, None)
                 await place.close()
 
-    async def pick(self) -> Server:
-        """The server with the fewest tokens in flight, as soon as there is one."""
+    async def pick(self, near: Server | None = None) -> Server:
+        """The server with the fewest tokens in flight, as soon as there is one; `near`, which has the prefix in its
+        cache, where that one is hardly idler."""
         await self._wait(lambda: any(server.version is not None for server in self.serving))
         ready = [server for server in self.serving if server.version is not None]
-        return min(ready, key=lambda server: server.tokens_in_flight)
+        idlest = min(ready, key=lambda server: server.tokens_in_flight)
+        if near is not None and near in ready and near.tokens_in_flight <= CLOSE * idlest.tokens_in_flight:
+            return near
+        return idlest
 
-    async def evict(self, server: Server, why: ServerError) -> None:
+    async def failed(self, server: Server, why: ServerError) -> None:
+        """A request failed, and will be made again. The server is out where that was no accident: it took too long,
+        fails one request after the other, or its health check too."""
+        trouble: ServerError | A3POError = why
+        if not isinstance(why, TimedOut) and server.failures_in_a_row < FAILURES:
+            try:
+                return await server.check_health()
+            except (ServerError, ConfigError) as error:
+                trouble = error
+        await self.evict(server, trouble)
+
+    async def evict(self, server: Server, why: ServerError | A3POError) -> None:
         """No more work for this one; the task that tends it opens its place again."""
         if server in self.serving:
             self.serving.remove(server)
@@ -109,25 +135,25 @@ class Fleet:
             self._newest = (version, directory)
         async with self._updating:
             if self.version < self._newest[0]:
-                newest = self._newest
-                await asyncio.gather(*(self._take(server, *newest) for server in list(self.serving)))
+                await self._take(list(self.serving))
                 await self._tell()
         await self._wait(lambda: self.version >= version)
         return self.version
 
-    async def _take(self, server: Server, version: int, directory: Path) -> None:
-        try:
-            await server.update(version, directory)
-        except ServerError as error:
+    async def _take(self, servers: list[Server]) -> None:
+        self.last_update = await update_servers(servers, *self._newest)
+        for server, error in self.last_update.failed.items():
             await self.evict(server, error)
 
     async def _tend(self, place: Place) -> None:
         while True:
             try:
                 server = self._servers[place] = await place.open()
-                await server.refuse_unsuitable(self._max_tokens)
+                await server.refuse_unsuitable(self._wanted)
                 async with self._updating:
-                    await server.update(*self._newest)
+                    for error in (await update_servers([server], *self._newest)).failed.values():
+                        raise error
+                    await server.prove_answer()
                     self.serving.append(server)
                     await self._tell()
                 self._any_has_served = True
@@ -136,6 +162,7 @@ class Fleet:
             except ConfigError as error:
                 if not self._any_has_served:
                     raise
+                self._trouble = str(error)
                 logger.warning("%s is left out: %s", place, error)
                 return
             except ServerError as error:
@@ -151,7 +178,7 @@ class Fleet:
             try:
                 place.check()
                 await server.check_health()
-            except ServerError as error:
+            except (ServerError, ConfigError) as error:
                 await self.evict(server, error)
             async with self._changed:
                 try:
@@ -166,8 +193,8 @@ class Fleet:
             if self.serving:
                 last = time.monotonic()
             await asyncio.sleep(1.0)
-        raise RolloutError(
-            f"no vLLM server has been there for {self._timeout_s:g} s (rollout.server_timeout_s); the last trouble was "
+        raise ServersGone(
+            f"no vLLM server has been there for {self._timeout_s:g} s (rollout.server_timeout_s); the last trouble: "
             f"{self._trouble}"
         )
 

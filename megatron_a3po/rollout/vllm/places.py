@@ -20,7 +20,7 @@ from typing import Protocol
 
 from megatron_a3po.environment import LOCALHOST, child_environment
 from megatron_a3po.rollout.vllm.server import Server
-from megatron_a3po.rollout.vllm.wire import BACKEND, ServerError, Unreachable
+from megatron_a3po.rollout.vllm.wire import BACKEND, STAGING, ServerError, Unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,7 @@ class Launch:
             "--logprobs-mode": "processed_logprobs",
             "--generation-config": "vllm",
             "--weight-transfer-config": f'{{"backend": "{BACKEND}"}}',
+            "--worker-extension-cls": STAGING,
             "--middleware": "a3po_vllm.access.BearerToken",
         }
         flags = ["--enable-scale-out", "--skip-tokenizer-init", "--enable-prefix-caching"]
