@@ -166,6 +166,11 @@ def _engine(config: Config) -> Iterator[str]:
         "restart": "begin anew",
     }
     yield f"engine     vLLM: {where}"
+    transport = (
+        "the trainer sends" if rollout.transport == "collective" else f"they read from {config.run_dir}"
+    )
+    still = "while they load them" if rollout.is_staged else "until they have them"
+    yield f"           weights {transport}; servers stand still {still}"
     yield f"           responses that new weights reach {under_way[rollout.update_mode]}"
 
 

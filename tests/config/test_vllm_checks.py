@@ -100,3 +100,4 @@ def test_the_plan_says_where_servers_are_and_what_an_update_does(load):
     plan = "\n".join(plan_lines(config, read_model_shape(config.model.hf_path), 1))
     assert "engine     vLLM: http://10.0.0.5:8000, https://node7" in plan
     assert "the old weights' caches: their log-probs differ" in plan
+    assert "servers stand still until they have them" in plan

@@ -32,7 +32,7 @@ from megatron_a3po.weights.transports.base import Export
 from megatron_a3po.weights.transports.collective import CollectiveTransport
 from tests.actor.ranks import on_actors, random_sequences
 from tests.distributed.ranks import run_ranks
-from tests.rollout.test_vllm import LONG, TOLERANCE, distance, request
+from tests.rollout.test_vllm import TOLERANCE, boundaries, distance, request
 from tests.vllm_server import VOCAB_SIZE, VllmServer
 
 T = TypeVar("T")
@@ -123,18 +123,22 @@ def on_one_rank(play: Any) -> Any:
 def test_requests_under_way_go_on_under_the_new_weights(
     vllm_server: VllmServer, tmp_path: Path, is_staged: bool
 ):
-    """Two updates in a row through one channel; every token is of the weights its label names."""
+    """Updates in a row through one channel, until one has reached requests half-way."""
+    requests = [request(index, 150) for index in range(4)]
 
     async def run(sender: CollectiveTransport) -> tuple[list[Sample], dict[str, float]]:
         async with vllm_server.engine(places=[place(vllm_server, is_staged=is_staged)], eos=False) as engine:
-            await unless_failed(engine, engine.generate(requests))
-            generating = asyncio.create_task(engine.generate(requests))
-            for version in (1, 2):
-                await asyncio.sleep(0.1)
+            for version in range(1, 11):
+                generating = asyncio.create_task(engine.generate(requests))
+                await unless_failed(engine, some_under_way(engine))
                 directory = tmp_path / f"version-{version}"
-                sender.publish(export_of(vllm_server.versions[version]), version, directory, lambda: None)
+                export = export_of(vllm_server.versions[version % 3])
+                sender.publish(export, version, directory, lambda: None)
                 assert await engine.update_weights(version, directory) == version
-            return await generating, dict(engine.publication_metrics())
+                samples = await generating
+                if any(map(boundaries, samples)):
+                    return samples, dict(engine.publication_metrics())
+        raise AssertionError("no update reached a response under way")
 
     def play() -> tuple[list[Sample], dict[str, float]]:
         sender = transport()
@@ -143,14 +147,18 @@ def test_requests_under_way_go_on_under_the_new_weights(
         finally:
             sender.close()
 
-    requests = [request(index) for index in range(4)]
     samples, metrics = on_one_rank(play)
     for one, sample in zip(requests, samples):
-        assert len(sample.tokens) == LONG
+        assert len(sample.tokens) == 150
         assert distance(vllm_server, one, sample).max() < TOLERANCE
     num_bytes = (vllm_server.versions[2] / "model.safetensors").stat().st_size
     assert abs(metrics["publish/bytes"] - num_bytes) < 10_000
     assert 0 < metrics["publish/stall_s"] <= metrics["publish/duration_s"]
+
+
+async def some_under_way(engine: VllmEngine) -> None:
+    while not any(server.tokens_in_flight for server in engine._fleet.serving):
+        await asyncio.sleep(0.01)
 
 
 def test_a_server_killed_in_a_transfer_holds_nobody_up_and_comes_back_with_the_weights(
