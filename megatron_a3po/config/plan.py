@@ -166,11 +166,9 @@ def _engine(config: Config) -> Iterator[str]:
         "restart": "begin anew",
     }
     yield f"engine     vLLM: {where}"
-    transport = (
-        "the trainer sends" if rollout.transport == "collective" else f"they read from {config.run_dir}"
-    )
+    transport = "sent by the trainer" if rollout.transport == "collective" else f"read from {config.run_dir}"
     still = "while they load them" if rollout.is_staged else "until they have them"
-    yield f"           weights {transport}; servers stand still {still}"
+    yield f"           weights are {transport}; servers stand still {still}"
     yield f"           responses that new weights reach {under_way[rollout.update_mode]}"
 
 

@@ -43,7 +43,7 @@ class Updated:
         return {
             "publish/bytes": float(self.num_bytes),
             "publish/duration_s": self.duration_s,
-            "publish/gb_per_s": self.num_bytes / self.duration_s / 1e9,
+            "publish/gb_per_s": self.num_bytes / max(self.duration_s, 1e-9) / 1e9,
             "publish/stall_s": self.stall_s,
         }
 
