@@ -54,6 +54,11 @@ TRAINING = (
     ),
     Metric("rollout/aborted", "samples the engine gave up; they are generated again", "0"),
     Metric("rollout/lost_requests", "requests lost with a vLLM server; they are made again elsewhere", "0"),
+    Metric(
+        "rollout/discarded_tokens",
+        "tokens that a vLLM server sampled with weights of another attempt; they are generated again",
+        "0",
+    ),
     Metric("rollout/restarts", "times the rollout process died and was started again", "0"),
     Metric(
         "rollout/tokens_per_s",
@@ -95,6 +100,18 @@ TRAINING = (
         "memory/device_bytes",
         "the most memory torch has allocated on a GPU during the step, of all ranks; absent without GPUs",
         "steady",
+    ),
+    Metric("publish/bytes", "of the weights in the servers' latest update", "the model's size"),
+    Metric(
+        "publish/duration_s",
+        "seconds from the announcement of weights until all servers generate with them",
+        "below `time/step`",
+    ),
+    Metric("publish/gb_per_s", "publish/bytes / publish/duration_s / 1e9", "near the network's"),
+    Metric(
+        "publish/stall_s",
+        "seconds generation stood still for it, on the slowest server",
+        "`rollout.weight_staging=host` lowers it",
     ),
     Metric("time/<part>", "seconds spent in one part of the step", "most of them in forward and backward"),
     Metric("time/step", "seconds of the whole step, from the row before to this one", "steady"),

@@ -89,14 +89,14 @@ class CollectiveSource:
     async def open(self, servers: Sequence[Server]) -> Opened:
         num_workers = [server.num_workers for server in servers]
         members = [f"{server.life} {self._attempt}" for server in servers]
-        addresses = [local_address(urlsplit(server.url).hostname or LOCALHOST, 1) for server in servers]
-        address = next((one for one in addresses if one != LOCALHOST), LOCALHOST)
         try:
+            addresses = [local_address(urlsplit(server.url).hostname or LOCALHOST, 1) for server in servers]
+            address = next((one for one in addresses if one != LOCALHOST), LOCALHOST)
             self._transfer = await asyncio.to_thread(
                 Transfer, self._offer, members, sum(num_workers), address, ANSWER_S
             )
             answer = await asyncio.to_thread(self._transfer.answer)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise Unreachable(f"the trainer's end of the transfer does not answer: {error}") from error
         return Opened(
             answer["version"],
