@@ -215,21 +215,15 @@ def test_a_stopped_run_loses_no_prompt_and_trains_none_twice(task: Task) -> None
     assert trained == list(range(6 * GROUPS))
 
 
-@pytest.mark.parametrize("victim", ["the command", "the rollout process"])
-def test_nothing_outlives_a_kill(task: Task, victim: str) -> None:
-    name = f"killed-{victim}".replace(" ", "-")
-    run_dir = task.folder / name
-    running = task.start(name, "trainer.steps=1000", "actor.tensor_model_parallel_size=2")
+def test_nothing_outlives_the_command(task: Task) -> None:
+    run_dir = task.folder / "killed"
+    running = task.start("killed", "trainer.steps=1000", "actor.tensor_model_parallel_size=2")
     running.wait_for(lambda: num_rows(run_dir) >= 1)
     found = re.search(r"pid (\d+)", (run_dir / "logs/rollout.log").read_text())
     assert found
-    rollouts = int(found[1])
-    assert rollouts in running.members()
-    os.kill(running.pid if victim == "the command" else rollouts, signal.SIGKILL)
-    ended = running.wait(timeout_s=60)  # which looks for what is left behind
-    if victim == "the rollout process":
-        assert ended.code == 3
-        assert f"rollout process (pid {rollouts}) ended" in ended.output
+    assert int(found[1]) in running.members()
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait(timeout_s=60)  # which looks for what is left behind
 
 
 def test_a_broken_reward_ends_the_run_with_its_own_traceback(task: Task) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -179,7 +179,8 @@ def same_as_never_killed(task: Task, name: str, other: str, steps: int) -> None:
 
 
 def test_with_generation_under_way_no_prompt_is_lost_and_none_trained_twice(task: Task) -> None:
-    """Killed while it waits for samples, in an update, while it publishes, as a checkpoint gets its name."""
+    """Killed while it waits for samples, in an update, while it publishes, as a checkpoint gets its name; and at last
+    the rollout process alone, which no next start has to mend."""
     steps = 6
     task.run("whole", *LIVE, f"trainer.steps={steps}")
     for point in ("generation:2", "after_rename", "mid_publish:2", "mid_update:2"):
@@ -193,8 +194,13 @@ def test_with_generation_under_way_no_prompt_is_lost_and_none_trained_twice(task
         ended = command.fork(task.folder / "out" / "points", *argv, before=killed_at(point)).wait()
         assert ended.code == 3, ended.output
         assert "was ended by signal 9" in ended.output
-    rows = task.run("points", *LIVE, f"trainer.steps={steps}")
+    running = task.start("points", *LIVE, f"trainer.steps={steps}")
+    running.wait_for(lambda: rollout_process(running) is not None)
+    os.kill(cast(int, rollout_process(running)), signal.SIGKILL)
+    assert running.wait().code == 0, running.said()
+    rows = read_metrics(task.folder / "points")
     assert rows[-1]["attempt"] == 5
+    assert sum(row["rollout/restarts"] for row in rows if row["attempt"] == 5) == 1
     same_as_never_killed(task, "points", "whole", steps)
 
 
@@ -211,7 +217,7 @@ def test_random_kills(task: Task, num_kills: int) -> None:
     """Any process of the run, at any moment of it: ranks, the rollout process, a reward's, the command."""
     steps, name = 4 + 2 * num_kills, f"random-{num_kills}"
     overrides = [*LIVE, f"trainer.steps={steps}"]
-    task.run(f"calm-{num_kills}", *overrides)
+    assert task.start(f"calm-{num_kills}", *overrides).wait(timeout_s=900).code == 0
     chance, run_dir = random.Random(num_kills), task.folder / name
     running, starts, victims = task.start(name, *overrides), 1, []
     while len(victims) < num_kills:
@@ -226,10 +232,10 @@ def test_random_kills(task: Task, num_kills: int) -> None:
             kind = kind_of(victim, running)
             os.kill(victim, signal.SIGKILL)
             victims.append(kind)
-    code = running.wait(timeout_s=600).code
+    code = running.wait(timeout_s=900).code
     print(f"{num_kills} kills: {victims}; {starts} starts, {num_rows(run_dir) - steps} steps taken again")
     if code != 0:
-        task.run(name, *overrides)
+        assert task.start(name, *overrides).wait(timeout_s=900).code == 0
     same_as_never_killed(task, name, f"calm-{num_kills}", steps)
     assert not logs_of(run_dir).count("is damaged")
 
@@ -237,6 +243,11 @@ def test_random_kills(task: Task, num_kills: int) -> None:
 def wait_for_rows(running: command.Command, run_dir: Path, wanted: int) -> None:
     while not running.ended() and num_rows(run_dir) < wanted:
         time.sleep(0.02)
+
+
+def rollout_process(running: command.Command) -> int | None:
+    found = [pid for pid in running.members() if kind_of(pid, running) == "rollout process"]
+    return found[0] if found else None
 
 
 def kind_of(pid: int, running: command.Command) -> str:
