@@ -2,6 +2,7 @@
 
 import functools
 import re
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -25,10 +26,12 @@ OPTIONS = [
 
 @dataclass(frozen=True)
 class Opened:
-    """The document after its scripts, and what they said on the console."""
+    """The document after its scripts, what they said on the console, and the processor time of the whole browser, which
+    unlike the time on the wall is the page's own however busy the machine is."""
 
     document: str
     console: list[str]
+    cpu_s: float
 
     def noted(self, name: str) -> str:
         """The value of data-<name> of the root element, which scripts leave notes in."""
@@ -52,6 +55,7 @@ def open_page(page: Path, *, width: int = 1280, dark: bool = False, then: str = 
             opened = Path(folder) / "page.html"
             script = f"<script>queueMicrotask(() => {{ {then} }});</script></body>"
             opened.write_text(page.read_text().replace("</body>", script))
+        before = _cpu_s_of_children()
         ended = subprocess.run(
             [
                 program,
@@ -67,4 +71,10 @@ def open_page(page: Path, *, width: int = 1280, dark: bool = False, then: str = 
             timeout=TIMEOUT_S,
             check=True,
         )
-    return Opened(ended.stdout, re.findall(r"^\[.*CONSOLE.*$", ended.stderr, re.MULTILINE))
+    said = re.findall(r"^\[.*CONSOLE.*$", ended.stderr, re.MULTILINE)
+    return Opened(ended.stdout, said, _cpu_s_of_children() - before)
+
+
+def _cpu_s_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

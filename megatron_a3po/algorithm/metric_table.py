@@ -222,9 +222,9 @@ _OPENING = """\
 
 <!-- Written by tools/write_metrics_page.py from megatron_a3po/algorithm/metric_table.py; change it there. -->
 
-One object per step in `metrics.jsonl`, and the same names in TensorBoard. Every `/avg` below the first section is a
-mean over the trained tokens of the whole step, one weight each, exact over all ranks; a `max` is a max. A metric
-without values in a step is absent, never 0.
+One object per step in `metrics.jsonl`, and the same names in TensorBoard and Weights & Biases. Every `/avg` below the
+first section is a mean over the trained tokens of the whole step, one weight each, exact over all ranks; a `max` is a
+max. A metric without values in a step is absent, never 0.
 
 In the formulas b is the behaviour log-prob, t the target's (detached, in its own mini-batch), g the recomputed
 proximal log-prob, a its approximation by the method named in the metric, A the advantage, and

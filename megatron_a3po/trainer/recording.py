@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 TENSORBOARD = "tensorboard"
+TRACE = "trace.json"
 
 
 class Recorder:

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from megatron_a3po.actor.grid import Grid
 from megatron_a3po.rollout.spans import Span
 from megatron_a3po.trainer.clock import Clock
+from megatron_a3po.trainer.recording import TRACE
 from megatron_a3po.trainer.recovery import write_aside
 
 if TYPE_CHECKING:
     from megatron_a3po.trainer.loop import Run
 
-TRACE = "trace.json"
 TRAINER = "trainer"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

@@ -98,7 +98,7 @@ def start(run_dir: Path, run_id: str) -> Any:
     def init(mode: str) -> Any:
         return wandb.init(
             project=section["project"],
-            entity=section["entity"],
+            entity=section.get("entity"),
             name=run_dir.resolve().name,
             id=run_id,
             resume="allow" if mode == "online" else None,
@@ -109,7 +109,7 @@ def start(run_dir: Path, run_id: str) -> Any:
         )
 
     try:
-        return init(section["mode"])
+        return init(section.get("mode", "online"))
     except wandb.Error as error:
         _say(
             f"Weights & Biases cannot be had ({str(error).splitlines()[0]}): this attempt's numbers are kept in "

@@ -37,7 +37,7 @@ def rows_of(name: str, values: list[float | None]) -> list[dict[str, Any]]:
     ("cause", "metric", "bad", "good", "key"), CASES, ids=[f"{c[0]}: {c[1]}" for c in CASES]
 )
 def test_one_sentence_once_with_the_key_to_turn(cause: str, metric: str, bad: float, good: float, key: str):
-    (found,) = findings(rows_of(metric, [good, *[bad] * 9, good, *[bad] * 9]), CONFIG)
+    (found,) = findings(rows_of(metric, [good, *[bad] * 12, good, *[bad] * 12]), CONFIG)
     assert found.cause == cause
     assert key in found.sentence
     assert "\n" not in found.sentence
@@ -71,6 +71,28 @@ def test_bf16_may_disagree_more():
 def test_fixed_staleness_is_the_key_where_it_decides():
     (found,) = findings(rows_of("staleness/max", [16.0]), {**CONFIG, "rollout.fixed_staleness": 16})
     assert found.sentence.endswith("lower rollout.fixed_staleness")
+
+
+def test_a_policy_that_moves_fast_for_a_while_is_no_bad_approximation():
+    """The rows of a real start: four mini-batches at a learning rate of 1e-4, staleness 1 to 2."""
+    start = [
+        0.0,
+        0.0039,
+        0.0306,
+        0.0273,
+        0.0198,
+        0.0194,
+        0.0131,
+        0.0099,
+        0.0099,
+        0.0068,
+        0.0081,
+        0.0063,
+        0.0061,
+    ]
+    assert findings(rows_of(ERROR, [*start, 0.0038]), CONFIG) == []
+    (found,) = findings(rows_of(ERROR, [0.03] * 10), CONFIG)
+    assert (found.cause, found.step) == ("approximation loglinear", 10)
 
 
 def test_the_relative_error_is_no_alarm():

@@ -96,6 +96,14 @@ def test_tensorboard_has_the_numbers_and_a_resumed_run_replaces_its_own(tmp_path
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]  # null is no number
 
 
+def test_a_run_goes_on_without_tensorboard(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "tensorboard").write_text("a file where a folder should be")
+    record_steps(tmp_path, range(1, 4))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    (record,) = caplog.records
+    assert "no more TensorBoard from step 1 on" in record.getMessage()
+
+
 def test_reading_needs_no_torch():
     code = "import megatron_a3po.trainer.commands.report, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -3,6 +3,7 @@ same run is mirrored to Weights & Biases and says how much memory it took.
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,8 @@ import pytest
 from megatron_a3po.rollout.engines.local import Step, bursts
 from megatron_a3po.rollout.spans import Span, name_of
 from megatron_a3po.trainer.recording import read_metrics
+from megatron_a3po.trainer.report.page import page
+from megatron_a3po.trainer.report.past import read_past
 from megatron_a3po.trainer.trace import lanes, trace_of
 from tests.trainer.test_asynchronous import Task
 from tests.trainer.wandb_files import history, needs_wandb
@@ -127,6 +130,13 @@ def test_memory_of_every_kind_of_process_is_measured(run_dir: Path) -> None:
         values = [row[name] for row in rows]
         assert values == sorted(values)  # a peak
         assert 5e7 < values[0] < 5e10
+
+
+def test_the_report_has_both(run_dir: Path) -> None:
+    text = page([read_past(run_dir)])
+    assert f"<dt>Timeline</dt><dd>{run_dir}/trace.json" in text
+    assert re.search(r"at most [\d.]+ GiB a rank, [\d.]+ GiB the rollout process", text)
+    assert '"title":"Memory"' in text
 
 
 def test_weights_and_biases_has_the_run(run_dir: Path) -> None:

@@ -47,6 +47,16 @@ def quotient(above: str, below: str) -> Value:
     return value
 
 
+def scaled(name: str, factor: float) -> Value:
+    """A metric in another unit."""
+
+    def value(row: Row) -> float | None:
+        found = metric(name)(row)
+        return None if found is None else found * factor
+
+    return value
+
+
 def series(rows: Sequence[Row], value: Value, limit: int = POINTS) -> dict[str, list[Any]]:
     """{"x": steps, "y": values} of the rows that have it."""
     found = [(row["step"], number) for row in rows if (number := value(row)) is not None]

@@ -28,6 +28,7 @@ def page(pasts: Sequence[Past], *, reload_s: int | None = None) -> str:
         names=names,
         verdicts=[verdict.verdict(past) for past in pasts],
         findings=[past.findings for past in pasts],
+        timelines=[past.timeline for past in pasts],
         figures={label: [column[label] for column in columns] for label in columns[0]},
         differences=verdict.differing_keys(list(pasts)),
         config=pasts[0].config if len(pasts) == 1 else {},

@@ -12,7 +12,7 @@ from yaml import YAMLError
 from megatron_a3po.config.difference import flat
 from megatron_a3po.errors import InputError
 from megatron_a3po.trainer.health import Finding, findings, number
-from megatron_a3po.trainer.recording import METRICS, read_metrics
+from megatron_a3po.trainer.recording import METRICS, TRACE, read_metrics
 from megatron_a3po.trainer.summary import SUMMARY, read_summary
 
 
@@ -37,6 +37,12 @@ class Past:
             ends = {0: "accuracy_before", self.summary["steps"]: "accuracy_after"}
             found |= {v: self.summary[name] for v, name in ends.items() if self.summary.get(name) is not None}
         return {int(version): found[version] for version in sorted(found)}
+
+    @property
+    def timeline(self) -> Path | None:
+        """Where its timeline is, if it has one (`trainer.trace`)."""
+        file = self.directory / TRACE
+        return file.resolve() if file.is_file() else None
 
     @cached_property
     def findings(self) -> list[Finding]:

@@ -12,13 +12,13 @@ import numpy as np
 
 from megatron_a3po.trainer.health import APPROXIMATION, UPDATE
 from megatron_a3po.trainer.report import curves
-from megatron_a3po.trainer.report.curves import POINTS, Row, Value, metric, quotient
+from megatron_a3po.trainer.report.curves import POINTS, Row, Value, metric, quotient, scaled
 from megatron_a3po.trainer.report.past import Past
 
 MOST_POINTS = 4 * POINTS  # of one line over all runs
 LEAST_POINTS = 200
 SMOOTHED_SHARE = 50  # a moving mean is over 1/50 of the steps
-MEMORY = "memory/"
+GIB = 2.0**-30
 PARTS = {"mean": "avg", "largest": "max", "least": "min"}
 
 
@@ -143,6 +143,14 @@ SPEED = (
         ),
     ),
 )
+MEMORY = Plot(
+    "Memory",
+    "GiB at most: of any trainer rank and the rollout process since they started, of a GPU in the step.",
+    tuple(
+        Line(label, scaled(f"memory/{of}_bytes", GIB))
+        for label, of in (("trainer rank", "rank"), ("rollout process", "rollout"), ("GPU", "device"))
+    ),
+)
 
 
 def sections(pasts: Sequence[Past]) -> list[dict[str, Any]]:
@@ -154,7 +162,7 @@ def sections(pasts: Sequence[Past]) -> list[dict[str, Any]]:
         "Did it learn": [lines(REWARD), _accuracy(pasts, limit), *map(lines, LEARNING)],
         "Staleness": [*stacks(AGES), *map(lines, STALENESS)],
         "Trust region": [*map(lines, TRUST)],
-        "Time and throughput": [*stacks(SECONDS), *map(lines, SPEED), lines(_memory(pasts))],
+        "Time and throughput": [*stacks(SECONDS), *map(lines, SPEED), lines(MEMORY)],
     }
     kept = {
         title: [figure for figure in figures if figure.get("lines") or figure.get("parts")]
@@ -191,11 +199,6 @@ def _accuracy(pasts: Sequence[Past], limit: int) -> dict[str, Any]:
         if past.accuracies
     ]
     return _figure("lines", plot, lines=drawn)
-
-
-def _memory(pasts: Sequence[Past]) -> Plot:
-    names = sorted({name for past in pasts for row in past.rows for name in row if name.startswith(MEMORY)})
-    return Plot("Memory", "", tuple(Line(name.removeprefix(MEMORY), metric(name)) for name in names))
 
 
 def _figure(kind: str, drawn: Plot | Stack, **content: Any) -> dict[str, Any]:

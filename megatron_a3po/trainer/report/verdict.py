@@ -8,6 +8,12 @@ from megatron_a3po.trainer.summary import duration, mean_of
 
 NOTHING = "-"
 EDGE_STEPS = 10  # the first and the last few steps, whose rewards are compared
+GIB = 2.0**30
+MEMORY = {
+    "a rank": "memory/rank_bytes",
+    "the rollout process": "memory/rollout_bytes",
+    "a GPU": "memory/device_bytes",
+}
 MOVED = 0.005  # an accuracy or a reward that changed by less stayed where it was
 
 
@@ -50,6 +56,7 @@ def figures(past: Past) -> dict[str, str]:
         "updates skipped": _number(sum(row.get("steps_skipped") or 0 for row in rows), ".0f"),
         "seconds per step": _number(seconds, ".3g"),
         "trained tokens/s": _number(tokens / seconds if tokens and seconds else None, ",.0f"),
+        "memory": ", ".join(_memory(past)) or NOTHING,
         "waiting for samples": _number(waited / seconds if waited is not None and seconds else None, ".0%"),
     }
 
@@ -147,7 +154,18 @@ def _cost(past: Past) -> str:
         parts.append(f"{tokens:,.0f} trained tokens")
     if (forwards := mean_of(rows, "forwards_per_token")) is not None:
         parts.append(f"{forwards:.4g} model forwards for each")
+    if memory := _memory(past):
+        parts.append(f"at most {', '.join(memory)}")
     return "; ".join(parts) + "." if parts else "No step was recorded."
+
+
+def _memory(past: Past) -> list[str]:
+    """The most of each kind of process."""
+    most = {
+        of: max((row[name] for row in past.rows if row.get(name) is not None), default=None)
+        for of, name in MEMORY.items()
+    }
+    return [f"{bytes_ / GIB:.2g} GiB {of}" for of, bytes_ in most.items() if bytes_ is not None]
 
 
 def _number(value: float | None, form: str) -> str:

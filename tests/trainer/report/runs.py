@@ -40,6 +40,7 @@ def row_of(step: int, rng: np.random.Generator) -> dict[str, Any]:
     }
     row["staleness/histogram"] = {str(age): int(rng.integers(1, 1000)) for age in range(9)}
     row["staleness/max"] = 8.0
+    row |= {name: 2**30 * (1 + abs(row[name])) for name in row if name.startswith("memory/")}
     parts = (
         "forward_backward",
         "wait_for_samples",
