@@ -13,7 +13,7 @@ registered() {
 
 # begin_with_servers CONFIG [key=value ...]: as begin; then the folder, its token and how servers are started.
 begin_with_servers() {
-    local config=${1:?give a configuration} file argument plain=() status=0
+    local config=${1:?give a configuration} argument plain=() status=0
     shift
     registered registered   # where is known once the run directory is
     begin "$config" "${OVERRIDES[@]}" "$@"
@@ -23,9 +23,7 @@ begin_with_servers() {
     if [[ ! -s $RUN_DIR/servers/token ]]; then
         (umask 077 && head -c 32 /dev/urandom | base64 | tr -d '/+=\n' >"$RUN_DIR/servers/token")
     fi
-    for file in "$RUN_DIR"/servers/job-*.url; do
-        if [[ -e $file ]] && ! is_running "$(basename "${file%-*}")"; then rm -f "${file%.url}".*; fi
-    done
+    forget_servers
     for argument in "${ARGUMENTS[@]:1}"; do
         if [[ $argument == [!-]*=* ]]; then plain+=("$argument"); fi
     done
@@ -36,10 +34,20 @@ begin_with_servers() {
     cp "$LOGS/recipe.json" "$RUN_DIR/servers/recipe.tmp" && mv "$RUN_DIR/servers/recipe.tmp" "$RUN_DIR/servers/recipe.json"
 }
 
-# is_running job-JOB: whether servers of that job may still be there; those of this job's earlier attempts are not.
-is_running() {
-    local job=${1#job-}
-    [[ $job != "$SLURM_JOB_ID" && -n $(squeue --noheader --states=RUNNING,SUSPENDED --jobs="$job" 2>/dev/null) ]]
+# Of this job's earlier attempts servers are fenced off, should one be alive; of jobs that are over nothing is left.
+forget_servers() {
+    local file job
+    for file in "$RUN_DIR"/servers/job-*.attempt; do
+        if [[ ! -e $file ]]; then continue; fi
+        job=${file##*/job-}
+        job=${job%-*}
+        if [[ $job == "$SLURM_JOB_ID" ]]; then
+            echo "$ATTEMPT" >"$file.tmp" && mv "$file.tmp" "$file"
+            rm -f "${file%.attempt}.url"
+        elif [[ -z $(squeue --noheader --states=RUNNING,SUSPENDED --jobs="$job" 2>/dev/null) ]]; then
+            rm -f "${file%.attempt}".*
+        fi
+    done
 }
 
 # start_servers [NODE,...]: on those nodes, or where SERVERS_ON says.

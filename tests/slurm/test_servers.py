@@ -160,6 +160,8 @@ def test_a_heterogeneous_job_and_a_pool_of_real_servers(site: Site, generating: 
     assert job.restarts == 1
     assert "stopped early; continues as attempt 2" in job.output()
     assert "the servers have ended" in job.output()
+    fence = run_dir / "servers" / f"job-{job.number}-0.attempt"
+    assert fence.read_text().strip() == "2", "a server of the first attempt would end itself"
     goes_on(job, run_dir)
     job.cancel("--batch", "--signal=USR2")
     assert job.wait() == ("FAILED", 75), site.told(job, name) + logs_of(run_dir)
