@@ -203,9 +203,11 @@ def _train(run: Run) -> int:
         return EXIT_STOPPED
     run.saving.finish()
     loop.evaluate(run)
+    from_main(run.actor.grid, run.attempt.refuse_if_fenced)
     export = run.run_dir / "export"
     run.actor.write_hugging_face(export, with_tokenizer=True)
     wait_on_main(run.actor.grid, lambda timeout_s: cast(Journal, run.journal).settle(timeout_s))
+    from_main(run.actor.grid, run.attempt.refuse_if_fenced)
     if run.journal is not None:
         run.journal.finish("done", run.progress.accuracy_before, export)
     return EXIT_DONE
