@@ -24,15 +24,16 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_a3po.actor.actor import Actor
+from megatron_a3po.actor.grid import Grid
 from megatron_a3po.actor.model import TargetPolicy, unwrap
 from megatron_a3po.actor.optimizer import Optimizer
-from megatron_a3po.actor.snapshot import HostMemory, Snapshot, take
+from megatron_a3po.actor.snapshot import HostMemory, Snapshot, stored_names, take
 from megatron_a3po.errors import InputError
 from megatron_a3po.lifetime import kill_point
 from megatron_a3po.weights.aside import WrittenFile
 from megatron_a3po.weights.contents import Contents
 from megatron_a3po.weights.megatron_checkpoint import BACKENDS, CONTENT_METADATA, describe
-from megatron_a3po.weights.unpickling import COMMON_FILE, METADATA_FILE, reason, refuse_code
+from megatron_a3po.weights.unpickling import COMMON_FILE, METADATA_FILE, read_metadata, reason, refuse_code
 
 # Given to model and optimizer alike. Source: megatron.training.checkpointing._build_sharded_state_dict_metadata.
 _METADATA = {
@@ -122,20 +123,27 @@ def save(actor: Actor, directory: Path) -> None:
 def load(actor: Actor, directory: Path) -> None:
     """Weights, moments and schedule from `directory`, whatever layout wrote it. Collective over all ranks.
 
-    Errors: InputError names a file that is damaged or would run code.
+    Errors: InputError names a file that is damaged or would run code, and what is missing or surplus.
     """
     refuse_code(directory)
     optimizers = _optimizer(actor).distributed_optimizers
     for optimizer in optimizers:
         _ensure_moments(optimizer)
     with _torch_adam_step_is_carried(optimizers):
-        state = _loaded(_wanted_state(actor), directory)
+        wanted = _wanted_state(actor)
+        _refuse_other_names(wanted, directory, actor.grid)
+        state = _loaded(wanted, directory)
         for key, chunk in _by_key(actor.model).items():
             chunk.load_state_dict(state[key])
         _optimizer(actor).megatron.load_state_dict(state["optimizer"])
     for optimizer in optimizers:
         _give_each_parameter_its_own_step(optimizer.optimizer)
-    _optimizer(actor).scheduler.load_state_dict(state["scheduler"])
+    scheduler, saved = _optimizer(actor).scheduler, state["scheduler"]
+    if scheduler.lr_decay_style == "constant":
+        saved["lr_decay_steps"] = (
+            scheduler.lr_decay_steps
+        )  # without a meaning, and another if steps are added
+    scheduler.load_state_dict(saved)
 
 
 def load_weights(model: Sequence[torch.nn.Module], directory: Path) -> None:
@@ -147,6 +155,20 @@ def load_weights(model: Sequence[torch.nn.Module], directory: Path) -> None:
     state = _loaded(_sharded_stages(model), directory)
     for key, chunk in _by_key(model).items():
         chunk.load_state_dict(state[key])
+
+
+def _refuse_other_names(wanted: dict[str, Any], directory: Path, grid: Grid) -> None:
+    """Errors: InputError where something is missing or surplus, over all ranks."""
+    everyone: list[Any] = [None] * grid.world_size
+    dist.all_gather_object(everyone, stored_names(wanted), group=grid.host_group)
+    names, there = set().union(*everyone), read_metadata(directory).state_dict_metadata.keys()
+    problems = [
+        f"{directory} is of another model: it {verb} {min(others)} ({len(others)} such in all)"
+        for verb, others in (("lacks", names - there), ("has the unknown", there - names))
+        if others
+    ]
+    if problems:
+        raise InputError(problems)
 
 
 def _loaded(state: dict[str, Any], directory: Path) -> dict[str, Any]:

@@ -101,6 +101,14 @@ def take(model: Mapping[str, Any], optimizers: Sequence[DistributedOptimizer]) -
     return Snapshot(pieces, objects, torch.cuda.current_stream().record_event() if on_gpu else None)
 
 
+def stored_names(state: Mapping[str, Any]) -> set[str]:
+    """Under which names a sharded state dict lies in a checkpoint."""
+    parts = [part for one in nested_values(dict(state)) for part in _built(one)]
+    return {one.key for one in parts if isinstance(one, ShardedTensor)} | {
+        one.unique_key for one in parts if isinstance(one, ShardedObject)
+    }
+
+
 def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
     """The boxes, in order, that the elements from `start` to `end` of a flattened tensor of `shape` make."""
     if start >= end:

@@ -31,6 +31,22 @@ from megatron_a3po.weights.manifest import damage
 FORMAT = 2  # 2: layers by number, rollouts without a pickle
 PREFIX = "step-"
 ROLLOUTS = "rollouts.npz"
+# Keys without which a count in a checkpoint means something else: of prompts, and of the schedule's steps.
+PROMPTS = (
+    "data.train",
+    "data.max_prompt_tokens",
+    "trainer.seed",
+    "trainer.prompts_per_step",
+    "rollout.samples_per_prompt",
+    "rollout.fixed_staleness",
+)
+SCHEDULE = (
+    "actor.lr",
+    "actor.min_lr",
+    "actor.lr_warmup_iters",
+    "actor.lr_decay_style",
+    "actor.weight_decay",
+)
 
 
 @dataclass(frozen=True)
@@ -98,9 +114,28 @@ def _refuse_unfit(checkpoint: Path, config: Config) -> None:
         raise ConfigError(
             f"{checkpoint} is of another model than model.hf_path={config.model.hf_path} ({found})"
         )
+    _refuse_another_meaning(checkpoint, config)
     if (step := read_trainer_state(checkpoint)["step"]) > config.trainer.steps:
         raise ConfigError(
             f"{checkpoint} is of step {step}, but trainer.steps={config.trainer.steps}; raise it or take an earlier one"
+        )
+
+
+def _refuse_another_meaning(checkpoint: Path, config: Config) -> None:
+    """What a checkpoint counts (prompts, steps of the schedule) must be counted alike; the rest may be changed for a
+    run that goes on from it. Errors: ConfigError names the keys."""
+    meaning = set(SCHEDULE)
+    if config.actor.lr_decay_style != "constant":
+        meaning |= {"actor.lr_decay_iters"}
+        if config.actor.lr_decay_iters is None:
+            meaning |= {"trainer.steps", "actor.num_mini_batches"}  # which then say how long it decays
+    if config.needs_rollouts:
+        meaning |= set(PROMPTS)
+    keys = [key for key in differing_keys(checkpoint / "config.yaml", config) if key in meaning]
+    if keys:
+        raise ConfigError(
+            f"{checkpoint} was written with another {', '.join(keys)}, on which the meaning of its state depends; take "
+            "what its config.yaml has"
         )
 
 

@@ -1,6 +1,9 @@
 """A checkpoint goes on in another layout: the same weights to the bit, the same next step to rounding, moments too."""
 
 import multiprocessing
+import pickle
+import shutil
+from dataclasses import replace
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,14 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_a3po.actor import checkpoint
 from megatron_a3po.actor.actor import Actor
 from megatron_a3po.actor.optimizer import Schedule
+from megatron_a3po.errors import InputError
 from megatron_a3po.vocab_parallel.policy_objective import supervised_objective
+from megatron_a3po.weights.unpickling import read_metadata
 from tests.actor.ranks import on_actors, random_sequences
 from tests.actor.replay import VOCAB_SIZE
 from tests.trainer.checkpoints import read_plain, read_tensors
@@ -119,6 +125,36 @@ def test_it_holds_what_megatron_core_would_have_saved(
         "exp_avg_sq",
     }
     assert read_plain(own) == read_plain(theirs)
+
+
+def test_what_is_missing_or_surplus_is_named(model: Path, tmp_path: Path):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    name = "optimizer.state.exp_avg.decoder.layers.0.mlp.linear_fc2.weight"
+
+    def changed(to: str, metadata: Metadata) -> Path:
+        directory = tmp_path / to
+        shutil.copytree(whole, directory)
+        (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+        return directory
+
+    def load(actor: Actor) -> None:
+        start(actor)
+        checkpoint.save(actor, whole)
+        metadata = read_metadata(whole)
+        tensors = metadata.state_dict_metadata
+        surplus = changed(
+            "surplus", replace(metadata, state_dict_metadata={**tensors, "other": tensors[name]})
+        )
+        with pytest.raises(InputError, match="surplus is of another model: it has the unknown other"):
+            checkpoint.load(actor, surplus)
+        left = {key: one for key, one in tensors.items() if key != name}
+        missing = changed("missing", replace(metadata, state_dict_metadata=left))
+        with pytest.raises(InputError, match=f"missing is of another model: it lacks {name}"):
+            checkpoint.load(actor, missing)
+        checkpoint.load(actor, whole)
+
+    on_actors(load, model)
 
 
 def save_by_megatron_core(actor: Actor, directory: Path) -> None:
