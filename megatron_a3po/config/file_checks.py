@@ -159,6 +159,9 @@ def _modules(config: Config) -> Iterator[Problem]:
     reward = config.reward
     if isinstance(reward, FunctionReward) and (why := why_not_found(reward.path)):
         yield Problem(("reward.path",), f"reward.path is {shown(reward.path)}, but {why}.")
+    workflow = config.rollout.workflow
+    if workflow is not None and (why := why_not_found(workflow)):
+        yield Problem(("rollout.workflow",), f"rollout.workflow is {shown(workflow)}, but {why}.")
 
 
 def _is_installed(package: str) -> bool:

@@ -1,4 +1,4 @@
-"""Whether `reward.path` leads to a function, found out without importing anything of the user's.
+"""Whether `reward.path` or `rollout.workflow` leads to a function, found out without importing anything of the user's.
 
 What its text does not tell (compiled modules, names made at run time) passes: the reward's own process then loads it.
 """

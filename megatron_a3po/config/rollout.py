@@ -63,6 +63,10 @@ class RolloutSection(Section):
     weight_bucket_bytes: int | None = Field(default=None, ge=1)
     """vllm, collective: tensors travel together in so many bytes (256 MiB when left out)."""
 
+    workflow: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """What happens between a prompt and its trajectory, an async function given as `module:function`; left out
+    it is one response to the prompt."""
+
     samples_per_prompt: int = Field(default=8, ge=1)
     """Responses to each prompt: the size of a group."""
 

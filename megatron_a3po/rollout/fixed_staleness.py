@@ -37,7 +37,7 @@ class FixedStaleness:
         wanted = max(step - self.staleness, 0)
         for group in groups:
             for trajectory in group.trajectories:
-                found = {int(version) for version in trajectory.versions[trajectory.prompt_length :]}
+                found = {int(version) for version in trajectory.versions[trajectory.generated]}
                 if found != {wanted}:
                     raise RolloutError(
                         f"{trajectory.name} of step {step} has versions {found}, wanted {wanted} alone."

@@ -1,4 +1,4 @@
-"""From a prompt to a scored group: the engine generates its samples, the scorer rates them.
+"""From a prompt to a scored group: episodes by the workflow, rated by it or by the scorer.
 
 Used by both ways of producing batches, `continuous.py` and `waves.py`, and by `evaluation.py` for single responses.
 """
@@ -6,7 +6,6 @@ Used by both ways of producing batches, `continuous.py` and `waves.py`, and by `
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -17,13 +16,14 @@ from megatron_a3po.rollout.rewards.scorer import Scorer
 from megatron_a3po.rollout.spans import Spans, name_of
 from megatron_a3po.rollout.statistics import IdleTime, RolloutCounters
 from megatron_a3po.rollout.trajectory import Group, Trajectory
+from megatron_a3po.rollout.workflow import Episode, EpisodeSettings, Stage
 
 
 @dataclass(frozen=True)
 class GroupSampler:
     engine: RolloutEngine
     scorer: Scorer
-    tokenizer: Any
+    stage: Stage
     counters: RolloutCounters
     samples_per_prompt: int
     max_response_tokens: int
@@ -31,22 +31,21 @@ class GroupSampler:
     idle: IdleTime = field(default_factory=IdleTime)
     spans: Spans = field(default_factory=lambda: Spans("rollout process"))
 
-    async def sample(self, prompts: Sequence[Prompt]) -> list[Group | None]:
-        """One group for each prompt, None where scoring a sample failed. All samples enter the engine in one piece."""
+    async def sample(self, prompts: Sequence[Prompt], *, lockstep: bool = False) -> list[Group | None]:
+        """One group for each prompt, None where a sample failed. All samples enter the engine in one piece; in lockstep
+        their later turns do so too."""
         keys = [(prompt, sample) for prompt in prompts for sample in range(self.samples_per_prompt)]
+        settings = EpisodeSettings(self.max_response_tokens, self.temperature)
         with self.spans("generate a group", f"prompt {prompts[0].index}") as details, self.idle.interrupted():
-            samples = await self._generate(keys)
-            details["tokens of"] = name_of(version for sample in samples for version in sample.versions)
+            episodes = await self.stage.run(self._generate, keys, settings, lockstep=lockstep)
+            details["tokens of"] = name_of(version for one in episodes if one for version in one.versions)
         with self.spans("score a group", f"prompt {prompts[0].index}"):
-            trajectories = await asyncio.gather(
-                *(self._score(*key, sample) for key, sample in zip(keys, samples))
-            )
+            trajectories = await asyncio.gather(*map(self._score, episodes))
         n = self.samples_per_prompt
         return [self._group(prompt, trajectories[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
 
-    async def _generate(self, keys: Sequence[tuple[Prompt, int]]) -> list[Sample]:
-        """An aborted response is generated again, from its beginning and with the same random numbers."""
-        requests = [self._request(prompt, sample) for prompt, sample in keys]
+    async def _generate(self, requests: Sequence[SampleRequest]) -> list[Sample]:
+        """An aborted turn is generated again, from its beginning and with the same random numbers."""
         samples = await self.engine.generate(requests)
         kill_point("generated")
         while aborted := [i for i, sample in enumerate(samples) if sample.finish_reason == "abort"]:
@@ -56,14 +55,9 @@ class GroupSampler:
                 samples[i] = sample
         return samples
 
-    def _request(self, prompt: Prompt, sample: int) -> SampleRequest:
-        return SampleRequest(prompt.index, sample, prompt.tokens, self.max_response_tokens, self.temperature)
-
-    async def _score(self, prompt: Prompt, number: int, sample: Sample) -> Trajectory | None:
-        text = response_text(self.tokenizer, sample)
-        if (reward := await self.scorer.score(prompt.text, text, prompt.answer)) is None:
-            return None
-        return trajectory_of(prompt, number, sample, reward)
+    async def _score(self, episode: Episode | None) -> Trajectory | None:
+        reward = None if episode is None else await reward_of(episode, self.scorer)
+        return None if episode is None or reward is None else episode.trajectory(reward)
 
     def _group(self, prompt: Prompt, trajectories: Sequence[Trajectory | None]) -> Group | None:
         scored = tuple(trajectory for trajectory in trajectories if trajectory is not None)
@@ -75,9 +69,11 @@ class GroupSampler:
         return group
 
 
-def response_text(tokenizer: Any, sample: Sample) -> str:
-    """The response as a reward sees it: without special tokens, so without the EOS."""
-    return tokenizer.decode(sample.tokens.tolist(), skip_special_tokens=True)
+async def reward_of(episode: Episode, scorer: Scorer) -> float | None:
+    """The workflow's own, or that of its last turn; None where scoring failed."""
+    if episode.reward is not None:
+        return float(episode.reward)
+    return await scorer.score(episode.prompt.text, episode.turns[-1], episode.prompt.answer)
 
 
 def trajectory_of(prompt: Prompt, number: int, sample: Sample, reward: float | None) -> Trajectory:

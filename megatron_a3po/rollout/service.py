@@ -35,6 +35,7 @@ from megatron_a3po.rollout.statistics import RolloutCounters
 from megatron_a3po.rollout.tokenizer import load_tokenizer
 from megatron_a3po.rollout.trajectory import Evaluation, Group, RolloutBatch, Trajectory
 from megatron_a3po.rollout.waves import WaveProducer
+from megatron_a3po.rollout.workflow import Stage, load_workflow
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +52,15 @@ class RolloutService:
         self._tokenizer = load_tokenizer(config.model.hf_path)
         self._prompts = PromptStream(self._read_prompts(config.data.train), config.trainer.seed)
         self._held_out = [] if config.data.held_out is None else self._read_prompts(config.data.held_out)
-        self._engine = create_engine(config, start.run_dir, start.weights_dir, start.first_version)
+        self._engine = create_engine(start)
         assert config.reward is not None
         self._scorer = Scorer(config.reward)
+        self._stage = Stage(load_workflow(rollout.workflow), self._tokenizer)
         self._counters = RolloutCounters()
         sampler = GroupSampler(
             self._engine,
             self._scorer,
-            self._tokenizer,
+            self._stage,
             self._counters,
             samples_per_prompt=rollout.samples_per_prompt,
             max_response_tokens=rollout.max_response_tokens,
@@ -107,7 +109,9 @@ class RolloutService:
         since, self._batch_time = self._batch_time, time.monotonic()
         num_tokens = self._engine.sampled_between(since, self._batch_time)
         statistics = self._counters.take()
+        statistics |= self._engine.publication_metrics()
         statistics["rollout/lost_requests"] = float(self._engine.take_num_lost())
+        statistics["rollout/discarded_tokens"] = float(self._engine.take_num_discarded())
         statistics["rollout/idle_s"] = self._idle.take()
         statistics["rollout/tokens_per_s"] = num_tokens / (self._batch_time - since)
         if (memory := peak_resident_bytes()) is not None:
@@ -136,7 +140,7 @@ class RolloutService:
                 return await evaluate(
                     self._engine,
                     self._scorer,
-                    self._tokenizer,
+                    self._stage,
                     self._held_out[:limit],
                     max_response_tokens=self._config.rollout.max_response_tokens,
                     temperature=self._config.rollout.temperature,
@@ -186,13 +190,14 @@ class RolloutService:
         return tokenize(read_examples(path), self._tokenizer, self._config.data.max_prompt_tokens)
 
 
-def create_engine(config: Config, run_dir: Path, weights_dir: Path, version: int) -> RolloutEngine:
+def create_engine(start: Start) -> RolloutEngine:
     """The engine `rollout.engine` names."""
+    config, weights_dir, version = start.config, start.weights_dir, start.first_version
     match config.rollout.engine:
         case "local":
             return create_local_engine(config, weights_dir, version)
         case "vllm":
-            return create_vllm_engine(config, run_dir, weights_dir, version)
+            return create_vllm_engine(config, start.run_dir, start.attempt, weights_dir, version)
 
 
 def create_local_engine(config: Config, weights_dir: Path, version: int) -> LocalEngine:

@@ -18,7 +18,9 @@ FinishReason = Literal["stop", "length", "abort"]
 class Trajectory:
     """One prompt and one response. All arrays have the length of prompt and response together.
 
-    `versions` is -1 and `behave_logp` 0 on the prompt; an EOS the policy produced is an ordinary response token.
+    `given` are the spans [start, end) of the response that a workflow wrote, not the policy: tool results, later
+    prompts. There, as on the prompt, `versions` is -1 and `behave_logp` 0, and nothing is trained. An EOS the policy
+    produced is an ordinary response token.
     `prompt_index` is the position in the endless prompt stream, so that (seed, prompt_index, sample) determines the
     random numbers of the response.
     """
@@ -31,6 +33,15 @@ class Trajectory:
     behave_logp: npt.NDArray[np.float32]
     finish_reason: FinishReason
     reward: float | None = None
+    given: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def generated(self) -> npt.NDArray[np.bool_]:
+        """The tokens that the policy produced, and that are trained."""
+        mask = np.arange(len(self.tokens)) >= self.prompt_length
+        for start, end in self.given:
+            mask[start:end] = False
+        return mask
 
     @property
     def response_length(self) -> int:
@@ -38,7 +49,7 @@ class Trajectory:
 
     @property
     def oldest_version(self) -> int:
-        return int(self.versions[self.prompt_length :].min())
+        return int(self.versions[self.generated].min())
 
     @property
     def name(self) -> str:

@@ -90,7 +90,7 @@ class WaveProducer:
 
     async def _wave(self, step: int) -> list[Group]:
         prompts = [self._prompts.at(index) for index in self._schedule.prompt_indices(step)]
-        groups = [group for group in await self._sampler.sample(prompts) if group is not None]
+        groups = [group for group in await self._sampler.sample(prompts, lockstep=True) if group is not None]
         if len(groups) < len(prompts):
             raise RewardError(
                 f"a reward failed in the batch of step {step}: under rollout.fixed_staleness a batch has a fixed "

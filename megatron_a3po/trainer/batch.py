@@ -17,7 +17,7 @@ from megatron_a3po.actor.packing import AlignedSequence
 from megatron_a3po.algorithm.advantages import group_advantages
 from megatron_a3po.algorithm.alignment import shift_to_predictions
 from megatron_a3po.algorithm.loss_mean import denominator, loss_weights
-from megatron_a3po.algorithm.staleness import NOT_GENERATED, trained_staleness
+from megatron_a3po.algorithm.staleness import trained_staleness
 from megatron_a3po.config import Config
 from megatron_a3po.config.actor import ActorSection
 from megatron_a3po.config.rollout import RolloutSection
@@ -110,39 +110,35 @@ def _check_advantages(batch: Batch, advantages: np.ndarray) -> None:
 def _align_one(
     trajectory: Trajectory, advantage: float, version: int, actor: ActorSection, rollout: RolloutSection
 ) -> AlignedSequence:
-    response = slice(trajectory.prompt_length, None)
+    trained = trajectory.generated
     try:
-        stale = trained_staleness(trajectory.versions[response], version, trajectory.name)
+        stale = trained_staleness(trajectory.versions[trained], version, trajectory.name)
     except ValueError as error:
         raise TrainingError(str(error)) from None
-    if not (finite := np.isfinite(trajectory.behave_logp[response])).all():
-        position = trajectory.prompt_length + int(np.argmin(finite))
+    if not (finite := np.isfinite(trajectory.behave_logp) | ~trained).all():
+        position = int(np.argmin(finite))
         raise TrainingError(
             f"{trajectory.name}: the behaviour log-prob of token {position} is "
             f"{trajectory.behave_logp[position]}; the engine must report finite log-probs"
         )
-    lengths = np.array([trajectory.response_length])
-    full = _over_prompt(trajectory, np.float32)
+    lengths = np.array([np.count_nonzero(trained)])
     return AlignedSequence(
         name=trajectory.name,
         tokens=trajectory.tokens,
         labels=shift_to_predictions(trajectory.tokens, 0),
-        loss_mask=shift_to_predictions(trajectory.versions != NOT_GENERATED, False),
-        staleness=shift_to_predictions(_over_prompt(trajectory, np.int32, stale), 0),
+        loss_mask=shift_to_predictions(trained, False),
+        staleness=shift_to_predictions(_at(trained, stale), 0),
         behave_logp=shift_to_predictions(trajectory.behave_logp, 0.0),
-        advantages=np.full_like(full, advantage),
-        loss_weights=shift_to_predictions(
-            _over_prompt(trajectory, np.float32, loss_weights(lengths, actor.loss_mean)), 0.0
-        ),
+        advantages=np.full(len(trained), advantage, np.float32),
+        loss_weights=shift_to_predictions(_at(trained, loss_weights(lengths, actor.loss_mean)), 0.0),
         denominator=denominator(lengths, actor.loss_mean, rollout.max_response_tokens),
     )
 
 
-def _over_prompt(trajectory: Trajectory, dtype: type, response: np.ndarray | None = None) -> np.ndarray:
-    """A field of the whole trajectory: zeros on the prompt, `response` after it."""
-    field = np.zeros(len(trajectory.tokens), dtype)
-    if response is not None:
-        field[trajectory.prompt_length :] = response
+def _at(trained: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """A field of the whole trajectory: `values` on its trained tokens, 0 on the others."""
+    field = np.zeros(len(trained), values.dtype)
+    field[trained] = values
     return field
 
 
@@ -163,6 +159,10 @@ def save_batch(path: Path, batch: Batch) -> None:
         "sample": np.array([t.sample for t in trajectories], np.int64),
         "reward": np.array([np.nan if t.reward is None else t.reward for t in trajectories], np.float64),
         "finish_reason": np.array([t.finish_reason for t in trajectories]),
+        # Of the trajectory with this number, from where to where.
+        "given": np.array(
+            [(i, *span) for i, t in enumerate(trajectories) for span in t.given], np.int64
+        ).reshape(-1, 3),
     }
     for name in ("tokens", "versions", "behave_logp"):
         arrays[name] = np.concatenate([getattr(t, name) for t in trajectories])
@@ -188,6 +188,9 @@ def load_batch(path: Path) -> Batch:
 def _batch_of(arrays: dict[str, np.ndarray]) -> Batch:
     bounds = np.cumsum(arrays["lengths"])[:-1]
     fields = {name: np.split(arrays[name], bounds) for name in ("tokens", "versions", "behave_logp")}
+    given: dict[int, list[tuple[int, int]]] = {}
+    for number, start, end in arrays.get("given", np.zeros((0, 3), np.int64)).tolist():
+        given.setdefault(number, []).append((start, end))
     groups, first = [], 0
     for number, size in enumerate(arrays["group_sizes"]):
         prompt_index = int(arrays["group_prompt_index"][number])
@@ -201,6 +204,7 @@ def _batch_of(arrays: dict[str, np.ndarray]) -> Batch:
                 behave_logp=fields["behave_logp"][i],
                 finish_reason=str(arrays["finish_reason"][i]),  # pyright: ignore[reportArgumentType]
                 reward=float(arrays["reward"][i]),
+                given=tuple(given.get(i, ())),
             )
             for i in range(first, first + int(size))
         )

@@ -16,6 +16,7 @@ from megatron_a3po.rollout.rewards.scorer import Scorer
 from megatron_a3po.rollout.service import create_local_engine
 from megatron_a3po.rollout.tokenizer import load_tokenizer
 from megatron_a3po.rollout.trajectory import Evaluation
+from megatron_a3po.rollout.workflow import Stage, load_workflow
 
 
 def evaluate_checkpoint(config: Config, checkpoint: Path) -> Evaluation:
@@ -39,7 +40,7 @@ async def _evaluate(config: Config, checkpoint: Path) -> Evaluation:
         return await evaluate(
             engine,
             scorer,
-            tokenizer,
+            Stage(load_workflow(config.rollout.workflow), tokenizer),
             prompts,
             max_response_tokens=config.rollout.max_response_tokens,
             temperature=config.rollout.temperature,

@@ -27,7 +27,8 @@ def write_rollout_state(path: Path, state: dict[str, Any] | None) -> None:
         nonlocal end
         start, end = end, end + len(one.tokens)
         trajectories.append(one)
-        return [one.prompt_index, one.sample, one.prompt_length, one.finish_reason, one.reward, start, end]
+        values = [one.prompt_index, one.sample, one.prompt_length, one.finish_reason, one.reward]
+        return [*values, start, end, one.given]
 
     def plain(group: Any) -> dict[str, Any]:
         if not isinstance(group, Group):
@@ -72,7 +73,8 @@ def _group(
             tokens=arrays["tokens"][start:end],
             versions=arrays["versions"][start:end],
             behave_logp=arrays["behave_logp"][start:end],
+            given=tuple((one, other) for one, other in given),
         )
-        for index, sample, prompt_length, finish_reason, reward, start, end in rows
+        for index, sample, prompt_length, finish_reason, reward, start, end, given in rows
     )
     return Group(prompt_index, prompt, answer, trajectories)

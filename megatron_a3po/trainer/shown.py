@@ -89,8 +89,7 @@ class Shown:
     def _row(self, group: Group, trajectory: Trajectory, tokenizer: Decoder) -> dict[str, Any]:
         tokens = trajectory.tokens.tolist()
         figures = self.figures.get(trajectory.name, {name: [] for name in FIGURES})
-        # A trajectory left out of the loss has none; else its trained tokens are its last ones.
-        padding = [None] * (len(tokens) - len(figures["logp"]))
+        trained = np.flatnonzero(trajectory.generated).tolist()
         return {
             "prompt": group.prompt,
             "response": tokenizer.decode(tokens[trajectory.prompt_length :], skip_special_tokens=True),
@@ -98,10 +97,16 @@ class Shown:
             "texts": token_texts(tokenizer, tokens),
             "versions": trajectory.versions,
             "behave_logp": trajectory.behave_logp,
-            **{name: [*padding, *values] for name, values in figures.items()},
+            **{name: _at(trained, values, len(tokens)) for name, values in figures.items()},
             "reward": trajectory.reward,
             "finish_reason": trajectory.finish_reason,
         }
+
+
+def _at(positions: list[int], values: list[Any], length: int) -> list[Any]:
+    """A list with these values at these positions; a trajectory left out of the loss has none."""
+    known = dict(zip(positions, values, strict=False))
+    return [known.get(position) for position in range(length)]
 
 
 def token_texts(tokenizer: Decoder, tokens: list[int]) -> list[str]:

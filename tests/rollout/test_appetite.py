@@ -17,6 +17,7 @@ from megatron_a3po.rollout.prompts import Prompt, PromptStream
 from megatron_a3po.rollout.sampler import GroupSampler
 from megatron_a3po.rollout.staleness_gate import StalenessGate
 from megatron_a3po.rollout.statistics import RolloutCounters
+from megatron_a3po.rollout.workflow import Stage, single_turn
 from tests.rollout import virtual_clock
 from tests.rollout.tiny import tiny_tokenizer
 
@@ -91,7 +92,8 @@ class World:
         engine, loop = SimulatedEngine(self.slots, self.seconds), asyncio.get_running_loop()
         prompts = [Prompt(i, f"{i}", "", np.array([2], np.int32)) for i in range(1000)]
         scorer = SomeEqual(self.no_signal_every)
-        sampler = GroupSampler(engine, scorer, tiny_tokenizer(), RolloutCounters(), SAMPLES, TOKENS, 1.0)  # type: ignore[arg-type]
+        stage = Stage(single_turn, tiny_tokenizer())
+        sampler = GroupSampler(engine, scorer, stage, RolloutCounters(), SAMPLES, TOKENS, 1.0)  # type: ignore[arg-type]
         gate, buffer = StalenessGate(ETA, GROUPS), Buffer(self.policy, ETA, GROUPS)
         producer = ContinuousProducer(
             sampler, PromptStream(prompts, 1), gate, buffer, appetite, drops_no_signal=True

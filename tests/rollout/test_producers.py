@@ -21,6 +21,7 @@ from megatron_a3po.rollout.staleness_gate import StalenessGate
 from megatron_a3po.rollout.statistics import RolloutCounters
 from megatron_a3po.rollout.trajectory import Group
 from megatron_a3po.rollout.waves import WaveProducer
+from megatron_a3po.rollout.workflow import Stage, single_turn
 from tests.rollout.tiny import EOS_ID, tiny_tokenizer
 
 GROUPS_PER_STEP, SAMPLES = 4, 2
@@ -63,7 +64,8 @@ def engine_of(directory: Path, kind=LocalEngine, version: int = 0, eos: Sequence
 
 
 def sampler_of(engine: LocalEngine, scorer: LengthScorer, length: int = SHORT) -> GroupSampler:
-    return GroupSampler(engine, scorer, tiny_tokenizer(), RolloutCounters(), SAMPLES, length, 1.0)  # type: ignore[arg-type]
+    stage = Stage(single_turn, tiny_tokenizer())
+    return GroupSampler(engine, scorer, stage, RolloutCounters(), SAMPLES, length, 1.0)  # type: ignore[arg-type]
 
 
 def continuous(

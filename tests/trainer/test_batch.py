@@ -59,6 +59,21 @@ def test_every_field_meets_the_loss_where_its_token_is_predicted() -> None:
     np.testing.assert_allclose(second.advantages[second.loss_mask], -half, rtol=1e-6)
 
 
+def test_what_a_workflow_gave_is_context_and_nothing_else() -> None:
+    """P P R1 G R2: the given token is predicted by nobody, and no mean counts it."""
+    talk = {"given": ((3, 4),), "versions": np.array([-1, -1, 3, -1, 7], np.int32)}
+    talk["behave_logp"] = np.array([0, 0, -1, -np.inf, -3], np.float32)
+    ((one, _),) = align(Batch([group(1.0, 0.0, **talk)], 8), actor(loss_mean="sequence"), ROLLOUT)
+    assert one.tokens.tolist() == [10, 11, 21, 22, 23]
+    assert one.loss_mask.tolist() == [False, True, False, True, False]
+    assert one.labels[one.loss_mask].tolist() == [21, 23]
+    assert one.staleness[one.loss_mask].tolist() == [5, 1]
+    assert one.behave_logp[one.loss_mask].tolist() == [-1.0, -3.0]
+    assert one.loss_weights.tolist() == [0.0, 0.5, 0.0, 0.5, 0.0]
+    ((one, _),) = align(Batch([group(1.0, 0.0, **talk)], 8), actor(), ROLLOUT)
+    assert one.denominator == 2
+
+
 @pytest.mark.parametrize(
     ("loss_mean", "weight", "denominator"), [("token", 1.0, 3), ("sequence", 1 / 3, 1), ("constant", 1.0, 10)]
 )

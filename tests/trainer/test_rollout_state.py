@@ -1,6 +1,7 @@
 """What a checkpoint keeps of the rollouts comes back as it was, and runs nothing on the way."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def trajectory(prompt_index: int, sample: int, length: int, reward: float | None
 
 GROUPS = [
     Group(7, 'a "prompt" \0 漢\n', "42", (trajectory(7, 0, 5, 0.1), trajectory(7, 1, 3, None))),
-    Group(9, "", "", (trajectory(9, 0, 4, float("nan")),)),
+    Group(9, "", "", (replace(trajectory(9, 0, 7, float("nan")), given=((3, 4), (5, 6))),)),
 ]
 
 

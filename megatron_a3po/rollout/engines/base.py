@@ -18,7 +18,8 @@ from megatron_a3po.rollout.trajectory import FinishReason
 
 @dataclass(frozen=True, eq=False)
 class SampleRequest:
-    """One response to generate. The random numbers are a function of (engine seed, prompt_index, sample)."""
+    """One response to generate, or a turn of one: the prompt's tokens are then all that came before it. The random
+    numbers are a function of (engine seed, prompt_index, sample, turn)."""
 
     prompt_index: int
     sample: int
@@ -26,6 +27,7 @@ class SampleRequest:
     max_response_tokens: int
     temperature: float = 1.0
     greedy: bool = False
+    turn: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +60,16 @@ class RolloutEngine(Protocol):
         """The same request answered by each server, by its name; nothing where the engine has no servers."""
         ...
 
+    def publication_metrics(self) -> Mapping[str, float]:
+        """How the servers took the latest weights, by the names of metrics; nothing where the engine has none."""
+        ...
+
     def take_num_lost(self) -> int:
         """Requests whose tokens were lost with a server since the last call; they are made again by themselves."""
+        ...
+
+    def take_num_discarded(self) -> int:
+        """Tokens sampled with weights of another attempt since the last call; they are sampled again."""
         ...
 
     def sampled_between(self, start: float, end: float) -> int:

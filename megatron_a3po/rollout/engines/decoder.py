@@ -106,7 +106,7 @@ class Decoder:
             self._cached[row] = False
             if not request.greedy:
                 self._uniforms[row, prompt_length:end] = sample_uniforms(
-                    self.seed, request.prompt_index, request.sample, request.max_response_tokens
+                    self.seed, request.prompt_index, request.sample, request.max_response_tokens, request.turn
                 )
             self.num_active += 1
 

@@ -111,7 +111,13 @@ class LocalEngine:
     async def respond_each(self, request: SampleRequest) -> Mapping[str, Sample]:
         return {}
 
+    def publication_metrics(self) -> Mapping[str, float]:
+        return {}
+
     def take_num_lost(self) -> int:
+        return 0
+
+    def take_num_discarded(self) -> int:
         return 0
 
     def sampled_between(self, start: float, end: float) -> int:
