@@ -30,7 +30,7 @@ PROBLEMS = [
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
 EOS = "<eos>"
 # Of Qwen/Qwen2.5-1.5B-Instruct.
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 151936,
     "hidden_size": 1536,
     "intermediate_size": 8960,
@@ -40,7 +40,7 @@ SHAPE = {
     "max_position_embeddings": 32768,
     "tie_word_embeddings": True,
 }
-TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def write_tokenizer(folder: Path) -> int:
