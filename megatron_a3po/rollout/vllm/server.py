@@ -193,7 +193,14 @@ class Server:
         self._still_since = time.monotonic()
         self.version = None
         await self._call("POST", "/pause", params=self._pause)
-        await self._call("POST", "/start_weight_update")
+        try:
+            await self._call("POST", "/start_weight_update")
+        except ServerError as error:
+            if "already" not in str(error):
+                raise
+            # Whoever began that update was killed in it: end it under a label that nobody takes, and begin anew.
+            await self._call("POST", "/finish_weight_update", json={"weight_version": "abandoned"})
+            await self._call("POST", "/start_weight_update")
 
     async def _ask_workers(self, method: str, *arguments: str) -> list[Any]:
         """What each worker answers to a call of `a3po_vllm.staging`."""
