@@ -122,6 +122,7 @@ class Saving:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: UnderWay | None = None
         self._newest: int | None = None  # the step of the last one begun that has not failed
+        self._problem: str | None = None  # of the last one begun
 
     @property
     def is_under_way(self) -> bool:
@@ -132,7 +133,7 @@ class Saving:
         self.finish()
         if self._newest == trainer["step"]:
             return
-        since = time.monotonic()
+        since, self._problem = time.monotonic(), None
         checkpoint = Checkpoint(self._attempt, trainer["step"])
         if problem := from_main(self._actor.grid, lambda: _problem_of(checkpoint.open, checkpoint.aside)):
             self._give_up(checkpoint, problem)
@@ -148,17 +149,17 @@ class Saving:
             checkpoint, dict(trainer), common, since, held_up_s, state.num_bytes, part, rollouts
         )
 
-    def go_on(self) -> str | None:
-        """Take the checkpoint under way further if all ranks can, without waiting. Returns what went wrong."""
+    def go_on(self) -> None:
+        """Take the checkpoint under way further if all ranks can, without waiting."""
         now = self._under_way
         if now is None or not self._all(all(future.done() for future in now.own_work)):
-            return None
+            return
         if not now.parts_are_there:
             parts = self._on_main((now.part.result(), now.num_bytes))
             now.parts_are_there = True
             if parts is not None:
                 now.rest = self._thread.submit(self._complete, now, parts)
-            return None
+            return
         self._under_way = None
         problem = from_main(self._actor.grid, lambda: cast("Future[str | None]", now.rest).result())
         if problem is not None:
@@ -171,15 +172,13 @@ class Saving:
                 seconds,
                 now.held_up_s,
             )
-        return problem
 
     def finish(self) -> str | None:
         """Wait until no checkpoint is under way. Returns what went wrong with the last."""
-        problem = None
         while (now := self._under_way) is not None:
             concurrent.futures.wait(now.own_work, timeout=POLL_S)
-            problem = self.go_on()
-        return problem
+            self.go_on()
+        return self._problem
 
     def _complete(self, now: UnderWay, parts: "list[tuple[Written | Unwritten, int]]") -> str | None:
         """In rank 0's thread. Returns what went wrong with the files. Errors: what the rollouts or a fence say."""
@@ -210,7 +209,7 @@ class Saving:
 
     def _give_up(self, checkpoint: Checkpoint, problem: str) -> None:
         """The run goes on with the checkpoint it has; what is there of the new one is removed."""
-        self._newest = None
+        self._newest, self._problem = None, problem
         if not self._actor.grid.is_main:
             return
         checkpoint.drop()
