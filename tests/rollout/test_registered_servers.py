@@ -80,7 +80,9 @@ def site(tmp_path: Path) -> Iterator[Site]:
     yield site
     for process in site.processes:
         process.kill()
-        process.communicate()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def test_it_registers_serves_comes_back_and_ends(site: Site) -> None:

@@ -139,7 +139,7 @@ def test_a_heterogeneous_job_and_a_pool_of_real_servers(site: Site, generating: 
         return rollout_log.read_text().count(" serves version ") if rollout_log.is_file() else 0
 
     argv = [*site.runs.argv(name, *generating)[1:]]
-    options = ["--nodes=2", "--ntasks-per-node=1", ":", "--nodes=1"]
+    options = ["--nodes=2", "--ntasks-per-node=1", ":", "--nodes=1", "--time=40"]
     job = site.start("train_het.sbatch", options, argv, A3PO_VLLM_PYTHON=python)
     job.wait_for(lambda: len(rows(run_dir)) >= 2, "steps on the job's own server", START_S)
     assert list(registered(run_dir)) == [f"job-{job.number}-0"]

@@ -55,8 +55,12 @@ class Registration:
         node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         self._write(".url", f"{url}\nattempt {self.attempt}, node {node}, pid {os.getpid()}\n")
 
-    def is_entered(self) -> bool:
-        return self._file(".url").exists()
+    def is_entered(self, url: str) -> bool:
+        """Not where somebody took the file away, or an attempt before left its own."""
+        try:
+            return self._file(".url").read_text().startswith(f"{url}\n")
+        except OSError:
+            return False
 
     def leave(self) -> None:
         if not self.is_fenced():
@@ -136,7 +140,7 @@ def tend(own: Registration, served: Served, asked: threading.Event, until: Path 
             if served.answers():
                 unhealthy = 0
                 answered = True
-                if not own.is_entered():  # the first time, or where somebody took the file away
+                if not own.is_entered(served.url):
                     own.enter(served.url)
                     say(f"serves at {served.url}")
             elif answered and (unhealthy := unhealthy + 1) >= MAX_UNHEALTHY:
