@@ -79,19 +79,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def planned(arguments: argparse.Namespace, config: Config) -> list[Cell]:
     """The cells the command line asks for."""
     steps = arguments.steps or config.trainer.steps
+    mini_batches = arguments.mini_batches or ((1, 4) if arguments.full else (4,))
     cells: list[Cell] = []
     if arguments.full or not arguments.asynchronous:
         cells += grid(
             arguments.methods,
             arguments.staleness or (FULL_STALENESS if arguments.full else (0, 2, 8)),
             arguments.free or (FULL_BOUNDS if arguments.full else ()),
-            arguments.mini_batches or ((1, 4) if arguments.full else (4,)),
+            mini_batches,
             arguments.seeds,
             steps,
         )
     if arguments.full or arguments.asynchronous:
-        m = config.actor.num_mini_batches
-        cells += gain_grid("loglinear", arguments.bounds, m, arguments.seeds[0], steps)
+        cells += gain_grid("loglinear", arguments.bounds, mini_batches[-1], arguments.seeds[0], steps)
     return cells
 
 
