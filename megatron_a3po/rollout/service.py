@@ -148,6 +148,9 @@ class RolloutService:
 
     async def probe(self, version: int, prompt_index: int) -> Trajectory:
         """A greedy response whose tokens are all of one version, `version` or the newest."""
+        return await self._unless_gone(self._probe(version, prompt_index))
+
+    async def _probe(self, version: int, prompt_index: int) -> Trajectory:
         async with self._evaluating:
             await self._wait_for_version(version)
             prompt = self._prompts.at(prompt_index)
@@ -160,6 +163,9 @@ class RolloutService:
 
     async def canary(self, version: int) -> dict[str, Trajectory]:
         """From each server a response of `version`, to compare with the trainer."""
+        return await self._unless_gone(self._canary(version))
+
+    async def _canary(self, version: int) -> dict[str, Trajectory]:
         await self._wait_for_version(version)
         prompt = self._prompts.at(0)
         length = min(CANARY_TOKENS, self._config.rollout.max_response_tokens)
