@@ -80,11 +80,12 @@ def planned(arguments: argparse.Namespace, config: Config) -> list[Cell]:
     """The cells the command line asks for."""
     steps = arguments.steps or config.trainer.steps
     mini_batches = arguments.mini_batches or ((1, 4) if arguments.full else (4,))
+    staleness = arguments.staleness
     cells: list[Cell] = []
     if arguments.full or not arguments.asynchronous:
         cells += grid(
             arguments.methods,
-            arguments.staleness or (FULL_STALENESS if arguments.full else (0, 2, 8)),
+            (FULL_STALENESS if arguments.full else (0, 2, 8)) if staleness is None else staleness,
             arguments.free or (FULL_BOUNDS if arguments.full else ()),
             mini_batches,
             arguments.seeds,
@@ -265,7 +266,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("config", metavar="CONFIG", help="the task, a configuration of `train`")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where runs and results go")
     parser.add_argument("--methods", nargs="+", choices=list(COMPARED), default=list(COMPARED))
-    parser.add_argument("--staleness", help="fixed staleness (default: 0 2 8)", **number)
+    parser.add_argument(
+        "--staleness", help="fixed staleness (default: 0 2 8); nothing: none", **number | {"nargs": "*"}
+    )
     parser.add_argument("--free", help="free-running as well, with these bounds", **number)
     parser.add_argument("--mini-batches", help="optimizer steps in a training step (default: 4)", **number)
     parser.add_argument("--seeds", default=[1, 2, 3], **number)
