@@ -45,6 +45,7 @@ OLDEST = (0, 32)
 QUICK_S = 30.0  # a healthy server on a busy machine takes seconds
 CONNECTION_ATTEMPTS = 2
 STAGING_POLL_S = 0.05
+STEERED_S = 120.0  # for what is done between two steps of generation
 REJECTIONS = (400, 413, 422)
 SIZES = (
     "model_type",
@@ -192,20 +193,22 @@ class Server:
     async def _stand_still(self) -> None:
         self._still_since = time.monotonic()
         self.version = None
-        await self._call("POST", "/pause", params=self._pause)
+        await self._call("POST", "/pause", params=self._pause, timeout=STEERED_S)
         try:
-            await self._call("POST", "/start_weight_update")
+            await self._call("POST", "/start_weight_update", timeout=STEERED_S)
         except ServerError as error:
             if "already" not in str(error):
                 raise
             # Whoever began that update was killed in it: end it under a label that nobody takes, and begin anew.
-            await self._call("POST", "/finish_weight_update", json={"weight_version": "abandoned"})
-            await self._call("POST", "/start_weight_update")
+            await self._call(
+                "POST", "/finish_weight_update", json={"weight_version": "abandoned"}, timeout=STEERED_S
+            )
+            await self._call("POST", "/start_weight_update", timeout=STEERED_S)
 
     async def _ask_workers(self, method: str, *arguments: str) -> list[Any]:
         """What each worker answers to a call of `a3po_vllm.staging`."""
         body = {"method": method, "args": arguments}
-        return (await self._call("POST", "/collective_rpc", json=body))["results"]
+        return (await self._call("POST", "/collective_rpc", json=body, timeout=STEERED_S))["results"]
 
     async def check_health(self) -> None:
         await self._call("GET", "/health", timeout=QUICK_S)

@@ -2,8 +2,8 @@
 
 Where the weights come from is in the published directory: they lie there, or the trainer sends them to all workers at
 once. How a server takes them is its own matter: it stands still while it receives, or receives them into host memory
-first. A transfer that broke is tried once more without those that did not answer; who fails again is out. A server that
-failed has weights of nobody, so that it must not serve before an update has succeeded.
+first. A transfer that broke is tried again without those that did not answer, then with each alone; who fails then is
+out. A server that failed has weights of nobody, so that it must not serve before an update has succeeded.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 Failure = ServerError | ConfigError
 ANSWER_S = 120.0  # for the trainer to begin a transfer
-GRACE_S = 15.0  # for a server to answer once its transfer is known to be broken
+GRACE_S = 15.0  # for a server to answer once it must know that its transfer is broken
 
 
 @dataclass
@@ -55,6 +55,7 @@ class Opened:
     version: int
     num_bytes: int
     told: dict[Server, dict[str, Any]]
+    channel_s: float = 0.0  # how long a member waits for another
 
 
 class Source(Protocol):
@@ -105,6 +106,7 @@ class CollectiveSource:
                 server: {**answer, "first_rank": 1 + sum(num_workers[:index])}
                 for index, server in enumerate(servers)
             },
+            answer["channel"]["timeout_s"],
         )
 
     async def why_broken(self) -> str:
@@ -119,13 +121,14 @@ async def update_servers(servers: Sequence[Server], version: int, directory: Pat
     """Bring servers to the weights of `directory`, or to newer ones that the trainer has meanwhile."""
     begun = time.monotonic()
     offer = read_offer(directory)
-    source = FilesSource(version, directory) if offer is None else CollectiveSource(offer, 1)
     updated = Updated(version)
-    again = await _take(servers, source, updated)
-    if offer is not None and again:
-        for server in again:
-            del updated.failed[server]
-        await _take(again, CollectiveSource(offer, 2), updated)
+    if offer is None:
+        await _take(servers, FilesSource(version, directory), updated)
+    else:
+        again = await _take(servers, CollectiveSource(offer, 1), updated)
+        again = await _take(again, CollectiveSource(offer, 2), updated)
+        for server in again:  # one of them breaks it for all
+            await _take([server], CollectiveSource(offer, 3), updated)
     done = [server for server in servers if server not in updated.failed]
     updated.version = min((one.version for one in done if one.version is not None), default=version)
     updated.stall_s = max((one.stall_s for one in done), default=0.0)
@@ -136,6 +139,8 @@ async def update_servers(servers: Sequence[Server], version: int, directory: Pat
 async def _take(servers: Sequence[Server], source: Source, updated: Updated) -> list[Server]:
     """One attempt, noted in `updated`. Who is worth another: those that answer, after a transfer that broke."""
     failed = updated.failed
+    for server in servers:
+        failed.pop(server, None)
 
     def able() -> list[Server]:
         return [server for server in servers if server not in failed]
@@ -164,7 +169,7 @@ async def _receive(opened: Opened, source: Source, failed: dict[Server, Failure]
         }
         if why := await source.why_broken():
             logger.warning("a transfer of weights to %d vLLM servers is broken: %s", len(receiving), why)
-            _, silent = await asyncio.wait(receiving.values(), timeout=GRACE_S)
+            _, silent = await asyncio.wait(receiving.values(), timeout=opened.channel_s + GRACE_S)
             for server, task in receiving.items():
                 if task in silent:
                     task.cancel()

@@ -4,7 +4,7 @@ A source is a dictionary that the trainer's side made: `directory` names a Huggi
 join the workers that all receive the same buckets from the trainer. No vLLM here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class Receiver:
         self._rank, self._device = rank, device
         self._channel: Channel | None = None
 
-    def buckets(self, source: dict[str, Any]) -> Iterator[NamedTensors]:
+    def buckets(self, source: dict[str, Any]) -> Generator[NamedTensors, None, None]:
         """All weights of the source, each tensor once; they stay as they are for as long as somebody has them."""
         if "directory" in source:
             yield from _read(Path(source["directory"]))
@@ -47,7 +47,9 @@ class Receiver:
             self._channel = Channel(rank=rank, device=self._device, **wanted)
         return self._channel
 
-    def _receive(self, channel: Channel, buckets: list[dict[str, Any]]) -> Iterator[NamedTensors]:
+    def _receive(
+        self, channel: Channel, buckets: list[dict[str, Any]]
+    ) -> Generator[NamedTensors, None, None]:
         under_way = None
         for bucket in buckets:
             # Memory of its own for each bucket: vLLM keeps some tensors until the rest of their layer is there.
@@ -75,7 +77,7 @@ def unpack(raw: torch.Tensor, bucket: dict[str, Any]) -> NamedTensors:
     return tensors
 
 
-def _read(directory: Path) -> Iterator[NamedTensors]:
+def _read(directory: Path) -> Generator[NamedTensors, None, None]:
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{directory} has no *.safetensors: can this machine see it?")

@@ -7,7 +7,7 @@ weight-transfer calls stop generation for as long as they take.
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class StagedUpdate:
         )
         self._thread.start()
 
-    def tensors(self) -> Iterator[NamedTensors]:
+    def tensors(self) -> Generator[NamedTensors, None, None]:
         """What has been received."""
         if self.state != "there":
             raise RuntimeError(f"weights were to be loaded that are not there: {self.state}")

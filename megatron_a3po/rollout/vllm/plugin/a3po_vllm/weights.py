@@ -5,7 +5,8 @@ order start_weight_update, update_weights, finish_weight_update, while generatio
 the worker ready for another, but with weights of nobody: it must not generate before one has succeeded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,13 +71,14 @@ class PublishedWeights(WeightTransferEngine[Nothing, Update]):
     def shutdown(self) -> None:
         self._receiver.close()
 
-    def _load(self, buckets: Iterator[NamedTensors]) -> None:
+    def _load(self, buckets: Generator[NamedTensors, None, None]) -> None:
         missing = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
         try:
-            for tensors in buckets:
-                loaded = self.model.load_weights(iter(tensors))
-                missing = set() if loaded is None else missing - loaded
+            with closing(buckets):  # others that receive the same need not wait for a worker that fails
+                for tensors in buckets:
+                    loaded = self.model.load_weights(iter(tensors))
+                    missing = set() if loaded is None else missing - loaded
             if missing:
                 raise ValueError(f"what was published lacks weights of the model: {sorted(missing)[:5]}")
         except BaseException:
