@@ -89,8 +89,8 @@ class RolloutBatch:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Greedy accuracy on held-out prompts. `version` served when the evaluation began; the tokens' own versions lie
-    in [min_version, max_version], and an engine that pins its weights for an evaluation has all three equal."""
+    """Greedy accuracy on held-out prompts, of `version`. The tokens' own versions lie in [min_version, max_version]:
+    all three are equal, unless vLLM servers were lost or took longer than they may."""
 
     accuracy: float
     num_prompts: int

@@ -5,6 +5,7 @@ text, rewards, groups or staleness. One file per engine beside this one; read `l
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -48,8 +49,12 @@ class RolloutEngine(Protocol):
 
     async def generate(self, requests: Sequence[SampleRequest]) -> list[Sample]:
         """Generate all of them. They enter the engine in one piece: with nothing else running, the composition of
-        its batches is a function of the list alone. Greedy requests are evaluation: they keep the weights they began
-        with and leave the others alone."""
+        its batches is a function of the list alone. Greedy requests are evaluation: see `pinned`."""
+        ...
+
+    def pinned(self) -> AbstractAsyncContextManager[int]:
+        """While it lasts, greedy requests are answered by one version, which it gives, whatever is published
+        meanwhile. One at a time."""
         ...
 
     async def update_weights(self, version: int, directory: Path) -> int:

@@ -14,7 +14,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -75,6 +76,8 @@ class LocalEngine:
         self._inbox: deque[tuple[SampleRequest, asyncio.Future[Sample]]] = deque()
         self._new_weights: tuple[int, dict[str, Tensor]] | None = None
         self._updates: list[tuple[int, asyncio.Future[int]]] = []
+        self._pinned: asyncio.Future[int] | None = None
+        self._kept_for: asyncio.Future[int] | None = None
         self._closing = False
         self._steps: deque[Step] = deque(maxlen=REMEMBERED_STEPS)
         self._spans = Spans(NAME)
@@ -95,6 +98,20 @@ class LocalEngine:
             self._inbox.extend(entries)
             self._wake.notify()
         return list(await asyncio.gather(*(future for _, future in entries)))
+
+    @asynccontextmanager
+    async def pinned(self) -> AsyncIterator[int]:
+        self._raise_if_failed()
+        pinned = self._promise()
+        with self._wake:
+            self._pinned = pinned
+            self._wake.notify()
+        try:
+            yield await pinned
+        finally:
+            with self._wake:
+                self._pinned = None
+                self._wake.notify()
 
     async def update_weights(self, version: int, directory: Path) -> int:
         self._raise_if_failed()
@@ -182,12 +199,21 @@ class LocalEngine:
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while not (self._closing or self._inbox or self._updates or self._busy()):
+            while not (self._closing or self._inbox or self._updates or self._busy() or self._must_pin()):
                 self._wake.wait()
             return not self._closing
 
     def _busy(self) -> bool:
-        return not self._training.idle or self._evaluation is not None
+        if self._evaluation is not None and not (self._evaluation.idle and self._is_kept()):
+            return True  # something to sample, or to be forgotten
+        return not self._training.idle
+
+    def _must_pin(self) -> bool:
+        return self._pinned is not None and self._evaluation is None
+
+    def _is_kept(self) -> bool:
+        """Whether the evaluation's copy was made for whoever pins it now."""
+        return self._pinned is not None and self._pinned is self._kept_for
 
     def _take_weights(self) -> None:
         with self._wake:
@@ -205,19 +231,27 @@ class LocalEngine:
         with self._wake:
             entries = list(self._inbox)
             self._inbox.clear()
+            pinned = self._pinned if self._must_pin() else None
+        if pinned is not None:
+            self._begin_evaluation()
+            self._kept_for = pinned
+            self._loop.call_soon_threadsafe(_resolve, pinned, self._evaluation_version)
         for request, future in entries:
             if request.greedy and self._evaluation is None:
-                # A copy that later updates leave alone; it lives as long as the evaluation.
-                self._evaluation = Decoder(copy.deepcopy(self._model), **self._decoder_arguments)
-                self._evaluation_version = self._version
+                self._begin_evaluation()
             lane = self._evaluation if request.greedy else self._training
             cast(Decoder, lane).add(request, future)
+
+    def _begin_evaluation(self) -> None:
+        """A copy that later updates leave alone; it lives as long as the evaluation."""
+        self._evaluation = Decoder(copy.deepcopy(self._model), **self._decoder_arguments)
+        self._evaluation_version = self._version
 
     def _step_evaluation(self) -> None:
         if self._evaluation is None:
             return
         self._deliver(self._evaluation.step(self._evaluation_version))
-        if self._evaluation.idle:
+        if self._evaluation.idle and not self._is_kept():
             self._evaluation = None
 
     def _deliver(self, finished: list[Finished]) -> None:

@@ -3,7 +3,7 @@
 A server says which weights produced which token only when a request ends. So a request is at most
 `rollout.segment_tokens` long: what a server that dies had not confirmed is generated again elsewhere, and counted; what
 it had confirmed is kept. The random numbers of a segment are a function of (seed, prompt, sample, position), its prefix
-cache is its version's own. Greedy requests are not pinned to a version: an update may reach them under way.
+cache is its version's own. Evaluation goes to servers that are held at their version.
 Servers and updates are in `rollout/vllm/`, which version is served when in `rollout/vllm/fleet.py`.
 """
 
@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,6 +110,9 @@ class VllmEngine:
         cached_at: dict[int, Server] = {}  # by prompt
         return list(await asyncio.gather(*(self._respond(request, cached_at) for request in requests)))
 
+    def pinned(self) -> AbstractAsyncContextManager[int]:
+        return self._fleet.hold()
+
     async def update_weights(self, version: int, directory: Path) -> int:
         return await self._fleet.update(version, directory)
 
@@ -166,7 +170,10 @@ class VllmEngine:
         response, near = Response(request, self._one_version), None
         async with self._greedy_slots if request.greedy else self._slots:
             while response.finish_reason is None and not self._closing:
-                server = await self._fleet.pick(near or cached_at.get(request.prompt_index))
+                if request.greedy:
+                    server = await self._fleet.pick_held()
+                else:
+                    server = await self._fleet.pick(near or cached_at.get(request.prompt_index))
                 near = cached_at[request.prompt_index] = server
                 if (segment := await self._segment(server, response)) is not None:
                     response.add(segment)

@@ -10,7 +10,8 @@ has served: then it is left out. Nothing here knows tokens or prompts: that is `
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from megatron_a3po.errors import A3POError, ConfigError, RolloutError, ServersGone
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 HEALTH_EVERY_S = 5.0
 AGAIN_AFTER_S = 2.0
 FAILURES = 3  # in a row are no accident
+HELD_SHARE = 4  # one server of so many is held for an evaluation, one at least
 CLOSE = 1.25  # a cached prefix is worth so many times the tokens in flight of the idlest server
 
 
@@ -52,6 +54,8 @@ class Fleet:
         self._wanted = wanted
         self._timeout_s = timeout_s
         self._updating = asyncio.Lock()
+        self._held: list[Server] = []
+        self._waiting: set[asyncio.Task[None]] = set()
         self.last_update: Updated | None = None
         self._changed = asyncio.Condition()
         self._trouble = "none has answered yet"
@@ -103,12 +107,53 @@ class Fleet:
     async def pick(self, near: Server | None = None) -> Server:
         """The server with the fewest tokens in flight, as soon as there is one; `near`, which has the prefix in its
         cache, where that one is hardly idler."""
-        await self._wait(lambda: any(server.version is not None for server in self.serving))
-        ready = [server for server in self.serving if server.version is not None]
+        await self._wait(lambda: bool(self._ready()))
+        ready = self._ready()
         idlest = min(ready, key=lambda server: server.tokens_in_flight)
         if near is not None and near in ready and near.tokens_in_flight <= CLOSE * idlest.tokens_in_flight:
             return near
         return idlest
+
+    @asynccontextmanager
+    async def hold(self) -> AsyncIterator[int]:
+        """Keep some servers at their version, which it gives, for `pick_held`: they take new weights when this is over.
+        Once they are behind, they get no other work. The longest that weights wait for it is `timeout_s`."""
+        await self.pick()
+        current = [server for server in self.serving if server.version is not None]
+        version = max(server.version or 0 for server in current)
+        current = [server for server in current if server.version == version]
+        self._held = current[: max(1, len(self.serving) // HELD_SHARE)]
+        try:
+            yield version
+        finally:
+            for task in self._waiting:
+                task.cancel()
+            await self._let_go()
+
+    async def pick_held(self) -> Server:
+        """One of those that are held; any other once none of them is left."""
+        held = [server for server in self._held if server in self.serving]
+        return min(held, key=lambda server: server.tokens_in_flight) if held else await self.pick()
+
+    async def _let_go(self) -> None:
+        self._held = []
+        async with self._updating:
+            behind = [
+                one for one in self.serving if one.version is not None and one.version < self._newest[0]
+            ]
+            if behind:
+                await self._take(behind)
+        await self._tell()
+
+    async def _let_go_in_time(self) -> None:
+        """Where weights wait for too long, the evaluation goes on with whatever is served."""
+        held = self._held
+        await asyncio.sleep(self._timeout_s)
+        if held and self._held is held:
+            logger.warning(
+                "an evaluation took longer than rollout.server_timeout_s: servers take new weights in it"
+            )
+            await self._let_go()
 
     async def failed(self, server: Server, why: ServerError) -> None:
         """A request failed, and will be made again. The server is out where that was no accident: it took too long,
@@ -135,10 +180,20 @@ class Fleet:
             self._newest = (version, directory)
         async with self._updating:
             if self.version < self._newest[0]:
-                await self._take(list(self.serving))
+                if servers := [server for server in self.serving if server not in self._held]:
+                    await self._take(servers)
                 await self._tell()
+            if self._held and not self._waiting:
+                self._waiting.add(task := asyncio.create_task(self._let_go_in_time()))
+                task.add_done_callback(self._waiting.discard)
         await self._wait(lambda: self.version >= version)
         return self.version
+
+    def _ready(self) -> list[Server]:
+        """Those that get training work: of the held ones only such as are not behind, unless there is no other."""
+        ready = [server for server in self.serving if server.version is not None]
+        newest = max((server.version or 0 for server in ready), default=0)
+        return [one for one in ready if one not in self._held or one.version == newest]
 
     async def _take(self, servers: list[Server]) -> None:
         self.last_update = await update_servers(servers, *self._newest)
@@ -199,7 +254,7 @@ class Fleet:
         )
 
     async def _tell(self) -> None:
-        versions = [server.version for server in self.serving if server.version is not None]
+        versions = [server.version for server in self._ready() if server.version is not None]
         self.version = max(self.version, min(versions, default=self.version))
         async with self._changed:
             self._changed.notify_all()
