@@ -80,14 +80,9 @@ def test_tokens_and_log_probs_are_of_the_distribution_that_is_trained(vllm_serve
     async def run():
         async with vllm_server.engine(segment_tokens=16) as engine:
             first = await engine.generate(requests)
-            return first, await engine.generate(requests), engine.spans(begun, time.monotonic())
+            return first, await engine.generate(requests)
 
-    begun = time.monotonic()
-    first, again, spans = asyncio.run(run())
-    num_tokens = sum(len(sample.tokens) for sample in (*first, *again))
-    assert sum(span.details["tokens"] for span in spans) == num_tokens
-    assert {(span.process, span.name) for span in spans} == {(f"vLLM {vllm_server.url}", "version 0")}
-    assert all(begun < span.start < span.end for span in spans)
+    first, again = asyncio.run(run())
     for one, sample, same in zip(requests, first, again):
         assert distance(vllm_server, one, sample).max() < TOLERANCE
         assert (sample.versions == 0).all()
