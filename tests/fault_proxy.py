@@ -6,6 +6,7 @@ on. It speaks as much HTTP/1.1 as the engine's client: bodies with a length, con
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -80,6 +81,10 @@ class FaultProxy:
 
     async def cut(self) -> None:
         """From now on nobody is there: what is under way is never answered, and nothing listens."""
+        for (
+            listening
+        ) in self._server.sockets:  # a forked command has a copy, so that closing it is not enough
+            listening.shutdown(socket.SHUT_RDWR)
         self._server.close()
         for writer in self._writers:
             writer.transport.abort()

@@ -30,6 +30,7 @@ OF_SERVERS = (
     "weight_bucket_bytes",
 )
 OLDEST = (0, 32)
+RUN_TOKEN = "vllm.token"  # in run_dir while launched servers run
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 ASK_S = 20

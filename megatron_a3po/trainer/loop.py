@@ -12,12 +12,13 @@ from typing import Any, cast
 from megatron_a3po.actor.actor import Actor
 from megatron_a3po.actor.reference import Reference
 from megatron_a3po.config import Config
+from megatron_a3po.config.vllm_checks import RUN_TOKEN
 from megatron_a3po.errors import OutputError, TrainingError
 from megatron_a3po.lifetime import kill_point
 from megatron_a3po.logs import StepFilter
 from megatron_a3po.rollout.client import RolloutClient
 from megatron_a3po.rollout.spans import Span
-from megatron_a3po.trainer.attempt import Attempt
+from megatron_a3po.trainer.attempt import Attempt, newest_attempt
 from megatron_a3po.trainer.batch import Batch, align, batch_path, save_batch
 from megatron_a3po.trainer.canary import prove_update
 from megatron_a3po.trainer.clock import Clock
@@ -127,8 +128,10 @@ def forget_published_before(attempt: Attempt) -> None:
 
 
 def forget_published(attempt: Attempt) -> None:
-    """What this attempt has published; another one may be at it."""
+    """What this attempt has published, and the token of the servers it launched; another one may be at it."""
     shutil.rmtree(published_weights(attempt), ignore_errors=True)
+    if newest_attempt(attempt.run_dir) == attempt.number:
+        (attempt.run_dir / RUN_TOKEN).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         (attempt.run_dir / "weights").rmdir()
 

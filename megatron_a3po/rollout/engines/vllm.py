@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from megatron_a3po.config import Config, read_model_shape
+from megatron_a3po.config.vllm_checks import RUN_TOKEN
 from megatron_a3po.errors import RolloutError
 from megatron_a3po.rollout.engines.base import Sample, SampleRequest
 from megatron_a3po.rollout.spans import Span, name_of
@@ -280,7 +281,7 @@ def connect(config: Config, url: str, token: str | None, attempt: int) -> Server
 def launched_places(config: Config, run_dir: Path, attempt: int) -> list[Place]:
     rollout = config.rollout
     assert rollout.launch is not None
-    token_file = run_dir / "vllm.token"
+    token_file = run_dir / RUN_TOKEN
     token = new_token_file(token_file)
     launch = launch_of(config, token_file, rollout.launch, on_cpu=not torch.cuda.is_available())
     logs = (run_dir / "logs" / f"vllm-{number}.log" for number in range(rollout.launch))
