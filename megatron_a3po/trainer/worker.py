@@ -168,17 +168,7 @@ def _session(
             reference,
             transport=transport,
         )
-        try:
-            return _train(run)
-        except ServersGone as error:
-            loop.save_and_wait(run)
-            raise ServersGone(
-                f"{error}; stopped after step {run.progress.step} with a checkpoint: see to the servers, and run again "
-                "to continue."
-            ) from error
-        except TrainingError:  # which every rank finds; what was saved before it is as good as ever
-            saving.finish()
-            raise
+        return _train_or_save(run)
 
 
 @contextmanager
@@ -188,6 +178,21 @@ def _fenced_first(attempt: Attempt) -> Iterator[None]:
         yield
     except BaseException:
         attempt.refuse_if_fenced()
+        raise
+
+
+def _train_or_save(run: Run) -> int:
+    """What every rank finds at the same step leaves a checkpoint behind."""
+    try:
+        return _train(run)
+    except ServersGone as error:
+        loop.save_and_wait(run)
+        raise ServersGone(
+            f"{error}; stopped after step {run.progress.step} with a checkpoint: see to the servers, and run again "
+            "to continue."
+        ) from error
+    except TrainingError:  # what was saved before it is as good as ever
+        run.saving.finish()
         raise
 
 
