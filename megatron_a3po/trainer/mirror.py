@@ -12,23 +12,30 @@ import threading
 from pathlib import Path
 
 from megatron_a3po.environment import child_environment
-from megatron_a3po.trainer.wandb_mirror import FINISH_S, WANDB
 
 logger = logging.getLogger(__name__)
 
-KILL_AFTER_S = FINISH_S + 5.0
+FINISH_S = 30.0
+KILL_AFTER_S = 5.0  # more
 
 
 class Mirror:
     """Starts the process; `close` waits a little for what is still to be sent."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: Path, finish_s: float = FINISH_S) -> None:
+        self._run_dir, self._finish_s = run_dir, finish_s
         log = run_dir / "logs" / "wandb.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_a3po.trainer.wandb_mirror", str(run_dir), "--follow"],
+                [
+                    sys.executable,
+                    "-m",
+                    "megatron_a3po.trainer.wandb_mirror",
+                    str(run_dir),
+                    "--follow",
+                    str(finish_s),
+                ],
                 env=child_environment(PYTHONPATH=os.pathsep.join(path for path in sys.path if path)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -43,7 +50,7 @@ class Mirror:
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
-            code = self._process.wait(KILL_AFTER_S)
+            code = self._process.wait(self._finish_s + KILL_AFTER_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
@@ -51,9 +58,9 @@ class Mirror:
         if code:
             logger.warning(
                 "Weights & Biases has not everything (why is at the end of %s/logs/wandb.log): "
-                "`python -m megatron_a3po.trainer.wandb_mirror %s` sends the rest; what lies in %s/%s, `wandb sync`",
-                *[self._run_dir] * 3,
-                WANDB,
+                "`python -m megatron_a3po.trainer.wandb_mirror %s` sends the rest",
+                self._run_dir,
+                self._run_dir,
             )
 
     def _listen(self) -> None:

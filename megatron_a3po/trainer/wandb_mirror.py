@@ -1,9 +1,9 @@
 """The Weights & Biases mirror: a process of its own that reads metrics.jsonl while a run writes it.
 
-    python -m megatron_a3po.trainer.wandb_mirror RUN_DIR [--follow]
+    python -m megatron_a3po.trainer.wandb_mirror RUN_DIR [--follow SECONDS]
 
 The run never waits for it but a little at its end, so that a slow or dead server costs no step anything. How far the
-files are mirrored is kept beside what W&B writes there: the run's next attempt, or the command above, goes on from it.
+files have been sent is kept beside what W&B writes: the run's next attempt, or the command above, goes on from there.
 With --follow the end of the run is the end of standard input. `mirror.py` is the run's side. No torch here.
 """
 
@@ -30,11 +30,10 @@ from megatron_a3po.trainer.recording import METRICS
 from megatron_a3po.trainer.recovery import write_aside
 
 WANDB = "wandb"
-MIRRORED = "mirrored.json"
+SENT = "sent.json"
 WARM_START = "warm_start"
 POLL_S = 1.0
-FINISH_S = 30.0  # from the end of the run to giving up
-ORPHANED_S = 5.0  # the same where the run was killed
+ORPHANED_S = 5.0  # from the end of a run that was killed to giving up
 INIT_S = "25"
 NO_NUMBERS = ("version", "attempt")
 
@@ -42,13 +41,16 @@ NO_NUMBERS = ("version", "attempt")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_a3po.trainer.wandb_mirror")
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--follow", action="store_true", help="until standard input ends")
+    parser.add_argument(
+        "--follow", type=float, metavar="SECONDS", help="until standard input ends, then at most so long"
+    )
     arguments = parser.parse_args()
     for number in STOP_SIGNALS if arguments.follow else ():  # they are the run's to answer
         signal.signal(number, signal.SIG_IGN)
     ended = threading.Event()
     if arguments.follow:
-        threading.Thread(target=_watch, args=(ended, os.getppid()), daemon=True).start()
+        watch = (ended, os.getppid(), arguments.follow)
+        threading.Thread(target=_watch, args=watch, daemon=True).start()
     else:
         ended.set()
     try:
@@ -62,29 +64,29 @@ def main() -> int:
 def follow(run_dir: Path, ended: threading.Event) -> None:
     """Mirror what is there and what comes, until the run has ended and all of it is mirrored."""
     files = {prefix: run_dir / prefix / METRICS for prefix in (f"{WARM_START}/", "")}
-    kept = run_dir / WANDB / MIRRORED
-    mirrored: dict[str, Any] = (
-        json.loads(kept.read_text()) if kept.is_file() else {"id": secrets.token_hex(4)}
-    )
-    run = start(run_dir, mirrored["id"])
+    kept = run_dir / WANDB / SENT
+    sent: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {"id": secrets.token_hex(4)}
+    run, online = start(run_dir, sent["id"])
+    # `wandb sync` takes a file for a whole run: each begins at the beginning, so that the latest has everything.
+    read = dict(sent) if online else {}
     known: set[str] = set()
     last = False
     while not last:
         last = ended.wait(POLL_S)
         for prefix, file in files.items():
-            rows, mirrored[prefix] = new_rows(file, mirrored.get(prefix, 0))
+            rows, read[prefix] = new_rows(file, read.get(prefix, 0))
             for row in rows:
                 values = numbers(row, prefix)
                 for name in values.keys() - known:
                     run.define_metric(name, step_metric=f"{prefix}step")
                 known |= values.keys()
                 run.log(values)
-        write_aside(kept, json.dumps(mirrored))
+        write_aside(kept, json.dumps(read if online else sent))
     run.finish()
 
 
-def start(run_dir: Path, run_id: str) -> Any:
-    """The W&B run, with the whole configuration; offline where there is no way to the server."""
+def start(run_dir: Path, run_id: str) -> tuple[Any, bool]:
+    """The W&B run, with the whole configuration, and whether it is online: not where there is no way to the server."""
     file = run_dir / "config.yaml"
     config: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
     section = config.get("trainer", {}).get(WANDB)
@@ -109,14 +111,15 @@ def start(run_dir: Path, run_id: str) -> Any:
         )
 
     try:
-        return init(section.get("mode", "online"))
+        mode = section.get("mode", "online")
+        return init(mode), mode == "online"
     except wandb.Error as error:
         _say(
-            f"Weights & Biases cannot be had ({str(error).splitlines()[0]}): this attempt's numbers are kept in "
-            f"{run_dir / WANDB}, for `wandb sync`"
+            f"Weights & Biases cannot be had ({str(error).splitlines()[0]}): the numbers are kept in "
+            f"{run_dir / WANDB}, for `wandb sync`, and sent at the next attempt"
         )
         wandb.teardown()  # or its service would still hold the run
-        return init("offline")
+        return init("offline"), False
 
 
 def new_rows(file: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
@@ -149,13 +152,13 @@ def _rows(lines: bytes) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _watch(ended: threading.Event, parent: int) -> None:
+def _watch(ended: threading.Event, parent: int, finish_s: float) -> None:
     """Notice the end of the run, and see to it that this process does not outlive it for long."""
     while sys.stdin.buffer.read(1):
         pass
     ended.set()
     since = time.monotonic()
-    while time.monotonic() - since < (FINISH_S if os.getppid() == parent else ORPHANED_S):
+    while time.monotonic() - since < (finish_s if os.getppid() == parent else ORPHANED_S):
         time.sleep(0.1)
     os._exit(1)
 

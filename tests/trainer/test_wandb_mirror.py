@@ -12,6 +12,8 @@ from megatron_a3po.trainer.recording import read_metrics
 from tests.trainer.runs import record_steps
 from tests.trainer.wandb_files import history, needs_wandb
 
+PATIENCE_S = 300.0  # of a machine that is busy with other tests
+
 
 @pytest.fixture(autouse=True)
 def with_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,13 +37,14 @@ def curves(run_dir: Path) -> list[dict[str, float]]:
     ]
 
 
-def test_offline_it_has_every_number_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_offline_the_latest_file_has_every_number_of_all_attempts(tmp_path: Path) -> None:
     run_dir = run_in(tmp_path / "run", "offline")
     record_steps(run_dir / "warm_start", range(1, 3))
     for steps in (range(1, 4), range(4, 6)):
-        mirror = Mirror(run_dir)
+        mirror = Mirror(run_dir, PATIENCE_S)
         record_steps(run_dir, steps, loss=float("nan") if steps[0] == 4 else 0.5)
         mirror.close()
+    assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 2
     rows = history(run_dir)
     warm = [row for row in rows if "warm_start/step" in row]
     assert [row["warm_start/step"] for row in warm] == [1, 2]
@@ -70,7 +73,7 @@ def test_a_server_that_never_answers_costs_a_warning(
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
-        mirror = Mirror(run_dir)
+        mirror = Mirror(run_dir, PATIENCE_S)
         record_steps(run_dir, range(1, 5))  # which talks to nobody
         assert len(read_metrics(run_dir)) == 4
         mirror.close()
@@ -83,6 +86,6 @@ def test_a_server_that_never_answers_costs_a_warning(
 def test_what_breaks_is_said_once_with_the_way_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_dir = run_in(tmp_path / "run", "offline")
     (run_dir / "wandb").write_text("a file where a folder should be")
-    Mirror(run_dir).close()
+    Mirror(run_dir, PATIENCE_S).close()
     (record,) = caplog.records
     assert f"python -m megatron_a3po.trainer.wandb_mirror {run_dir}" in record.getMessage()

@@ -23,18 +23,18 @@ def needs_wandb() -> None:
 
 
 def history(run_dir: Path) -> list[dict[str, Any]]:
-    """Every logged row of all attempts, without what W&B adds (names that begin with an underscore)."""
+    """Every row of the latest attempt's file, without what W&B adds (names that begin with an underscore)."""
     protocol: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     rows = []
-    for file in sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb")):
-        for payload in records(file.read_bytes()):
-            record = protocol.Record()
-            record.ParseFromString(payload)
-            if record.WhichOneof("record_type") == "history":
-                items = {"/".join(item.nested_key) or item.key: item for item in record.history.item}
-                rows.append(
-                    {name: json.loads(items[name].value_json) for name in items if not name.startswith("_")}
-                )
+    file = max((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+    for payload in records(file.read_bytes()):
+        record = protocol.Record()
+        record.ParseFromString(payload)
+        if record.WhichOneof("record_type") == "history":
+            items = {"/".join(item.nested_key) or item.key: item for item in record.history.item}
+            rows.append(
+                {name: json.loads(items[name].value_json) for name in items if not name.startswith("_")}
+            )
     return rows
 
 
