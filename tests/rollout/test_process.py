@@ -120,6 +120,19 @@ def test_batches_publishing_evaluation_and_statistics(start: Starter, versions: 
     assert "version 0 from" in (tmp_path / "run/logs/rollout.log").read_text()
 
 
+def test_generation_goes_on_while_nobody_asks_for_a_batch(start: Starter, versions: list[Path]):
+    """The trainer computes, here for ever: the next batch is generated all the same, by the weights it published."""
+    client = start("rollout.max_staleness=1", "rollout.filter_no_signal=false")
+    client.next_batch(0, WAIT_S)
+    client.publish(1, versions[1]).result(WAIT_S)
+    published = time.monotonic()
+    # Four groups of two, of a token at least: those of step 2, since those of step 1 may be there already.
+    assert wait_until(lambda: client.sampled_between(published, time.monotonic()) >= 8, WAIT_S)
+    client.next_batch(1, WAIT_S)
+    newest = max(group.newest_version for group in client.next_batch(2, WAIT_S).groups)
+    assert newest == 1
+
+
 def test_publishing_waits_for_nothing_and_the_newest_wins(start: Starter, versions: list[Path]):
     client = start()
     started = time.monotonic()
