@@ -10,7 +10,7 @@ import pytest
 from megatron_a3po.rollout.engines.base import SampleRequest
 from megatron_a3po.rollout.engines.vllm import Response
 from megatron_a3po.rollout.vllm.server import unsuitable
-from megatron_a3po.rollout.vllm.wire import Segment, ServerError, read_segment, seed_of
+from megatron_a3po.rollout.vllm.wire import Foreign, Segment, ServerError, read_segment, seed_of
 
 ANSWER: dict[str, Any] = {
     "choices": [
@@ -92,6 +92,14 @@ LOGP = {"logprob": -0.5}
 def test_an_answer_that_does_not_fit_together_is_refused_whole(answer: Any):
     with pytest.raises(ServerError):
         read(answer)
+
+
+def test_tokens_of_another_attempt_are_refused_and_counted():
+    """All of an answer: a server that changed hands in between is believed in nothing."""
+    spans = [SPAN | {"end": 1}, SPAN | {"version": "2.3", "start": 1}]
+    with pytest.raises(Foreign, match="version 3 of attempt 2, and this is attempt 1") as caught:
+        read(broken(weight_versions=spans))
+    assert caught.value.num_tokens == 3
 
 
 def test_an_abort_may_come_before_the_first_token():
