@@ -50,7 +50,7 @@ FAULTS: dict[str, Callable[[Answer], Answer]] = {
     "fewer log-probs than tokens": choice(lambda one: one["logprobs"]["content"].pop()),
     "no log-probs": choice(lambda one: one.update(logprobs=None)),
     "no versions": choice(lambda one: one.update(weight_versions=None)),
-    "a version never published": choice(lambda one: one["weight_versions"][0].update(version="7")),
+    "a version never published": choice(lambda one: one["weight_versions"][0].update(version="1.7")),
     "fewer tokens than asked": choice(
         lambda one: (
             one["token_ids"].pop(),
