@@ -117,7 +117,7 @@ class Server:
     @property
     def cache_salt(self) -> str:
         """Prefixes are shared by requests to the same weights alone."""
-        return "" if self.version is None else label_of(self._attempt, self.version)
+        return "none" if self.version is None else label_of(self._attempt, self.version)  # vLLM refuses an empty one
 
     async def generate(self, body: dict[str, Any]) -> Segment:
         """ServerError: nothing of the answer may be used. RolloutError: no server would answer this."""
