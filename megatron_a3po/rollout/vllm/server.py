@@ -116,8 +116,8 @@ class Server:
 
     @property
     def cache_salt(self) -> str:
-        """Prefixes are shared by requests to the same weights alone."""
-        return "none" if self.version is None else label_of(self._attempt, self.version)  # vLLM refuses an empty one
+        """Prefixes are shared by requests to the same weights alone. (vLLM refuses an empty salt.)"""
+        return "none" if self.version is None else label_of(self._attempt, self.version)
 
     async def generate(self, body: dict[str, Any]) -> Segment:
         """ServerError: nothing of the answer may be used. RolloutError: no server would answer this."""
