@@ -129,6 +129,7 @@ def goes_on(job: Job, run_dir: Path, steps: int = 2) -> None:
     job.wait_for(lambda: len(rows(run_dir)) >= so_far + steps, "further steps", START_S)
 
 
+@pytest.mark.slow
 def test_a_heterogeneous_job_and_a_pool_of_real_servers(site: Site, generating: list[str]) -> None:
     """Trainer and server as one job; a pool comes and goes; the job is requeued while the pool stays."""
     name, python = "generating", vllm_python() or ""
