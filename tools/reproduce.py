@@ -267,7 +267,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where runs and results go")
     parser.add_argument("--methods", nargs="+", choices=list(COMPARED), default=list(COMPARED))
     parser.add_argument(
-        "--staleness", help="fixed staleness (default: 0 2 8); nothing: none", **number | {"nargs": "*"}
+        "--staleness",
+        type=int,
+        nargs="*",
+        metavar="N",
+        help="fixed staleness (default: 0 2 8); no number: none",
     )
     parser.add_argument("--free", help="free-running as well, with these bounds", **number)
     parser.add_argument("--mini-batches", help="optimizer steps in a training step (default: 4)", **number)

@@ -26,7 +26,7 @@ from megatron_a3po.trainer.recording import read_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 COLOURS = {"loglinear": "C0", "linear": "C2", "recompute": "C1", "coupled": "C3", "rollout": "C7"}
 SMOOTHED_STEPS = 5
@@ -73,9 +73,9 @@ def _curves(settings: dict[Setting, list[Row]], cells: Path, path: Path) -> Path
                 _line(axis, runs, metric, COLOURS[key.method], key.method)
             if metric == MEANS["importance_weight_max"]:
                 axis.set_yscale("log")
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axis.yaxis.set_major_formatter(ScalarFormatter())
-                axis.yaxis.set_minor_formatter(ScalarFormatter())
-                axis.tick_params(which="minor", labelsize=6)
+                axis.yaxis.set_minor_formatter(NullFormatter())
                 for method in ("loglinear", "recompute") if staleness == PUBLISHED_STALENESS else ():
                     level = PUBLISHED[method]["importance_weight_max"]
                     axis.axhline(level, color=COLOURS[method], linewidth=0.7, linestyle=":")

@@ -98,7 +98,8 @@ def figures(cell: Cell, run_dir: Path) -> Row:
     summary = read_summary(run_dir)
     assert summary is not None, run_dir
     stale = [row for row in rows if row["step"] > cell.staleness] or rows
-    measured = rows if cell.gain else stale
+    # The first step of a run waits for the generator to start.
+    measured = rows[1:] or rows if cell.gain else stale
     times = {f"{part}_s": median_of(stale, f"time/{part}") for part in ("step", *PARTS)}
     whole = sum(row["time/step"] for row in measured)
     return {
@@ -112,7 +113,7 @@ def figures(cell: Cell, run_dir: Path) -> Row:
         "staleness_max": max(row["staleness/max"] for row in measured),
         "peak_mb": max(row.get("memory/rank_bytes") or 0.0 for row in rows) / 2**20 or None,
         "dropped_groups": sum(row["rollout/dropped_groups"] for row in measured),
-        "samples_s": sum(row["time/step"] for row in rows),
+        "samples_s": whole,
         "trainer_idle": sum(row["time/wait_for_samples"] for row in measured) / whole,
         "generator_idle": sum(row["rollout/idle_s"] for row in measured) / whole,
         **times,
