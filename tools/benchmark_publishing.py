@@ -178,11 +178,11 @@ async def publish(
         begun = time.perf_counter()
         announced = asyncio.Event()
         loop = asyncio.get_running_loop()
-        publishing = asyncio.create_task(
-            asyncio.to_thread(
-                transport.publish, export, 1, second, lambda: loop.call_soon_threadsafe(announced.set)
-            )
-        )
+
+        def announce() -> None:
+            loop.call_soon_threadsafe(announced.set)
+
+        publishing = asyncio.create_task(asyncio.to_thread(transport.publish, export, 1, second, announce))
         await announced.wait()
         updating = asyncio.create_task(engine.update_weights(1, second))
         await publishing

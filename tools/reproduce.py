@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -58,6 +59,7 @@ from megatron_a3po.trainer.summary import duration, read_summary  # noqa: E402
 
 FULL_STALENESS = (0, 1, 2, 4, 8, 16)
 FULL_BOUNDS = (1, 2, 4, 8)
+COMMANDS = "commands.txt"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,6 +103,7 @@ def run(arguments: argparse.Namespace, config: Config, planned: list[Cell], stop
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about what is not installed; `doctor` tells that in words
         import megatron_a3po.trainer.worker  # noqa: F401  imported once, for all forks
+    remember(arguments)
     out, shown = arguments.out, Shown(sum(cell.steps for cell in planned), len(planned))
     with shown:
         start = shared_start(arguments, config, stop, shown)
@@ -127,6 +130,14 @@ def run(arguments: argparse.Namespace, config: Config, planned: list[Cell], stop
     if failed:
         print(f"failed, and not in the tables: {', '.join(cell.name for cell in failed)}", file=sys.stderr)
     return EXIT_NEEDS_PERSON if failed else EXIT_DONE
+
+
+def remember(arguments: argparse.Namespace) -> None:
+    """The commands that runs in this folder came from, each once; the results name them."""
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    commands = arguments.out / COMMANDS
+    known = commands.read_text().splitlines() if commands.is_file() else []
+    write_aside(commands, "".join(f"{line}\n" for line in dict.fromkeys([*known, arguments.command])))
 
 
 def shared_start(
@@ -249,9 +260,10 @@ def _oldest(rows: list[dict]) -> int:
 def _heading(arguments: argparse.Namespace, num_runs: int) -> str:
     start = read_summary(arguments.out / "start")
     accuracy = start and start.get("accuracy_before")
+    commands = "".join(f"    {line}\n" for line in (arguments.out / COMMANDS).read_text().splitlines())
     began = "" if accuracy is None else f" All start from one warm start, of accuracy {accuracy:.3f}."
     return (
-        f"# {num_runs} runs of {arguments.config}\n\n    {arguments.command}\n\n"
+        f"# {num_runs} runs of {arguments.config}\n\n{commands}\n"
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} CPUs.{began} Mean ± standard deviation over "
         "seeds; reward and entropy at the end, weights and errors over the steps whose samples are as stale as is "
         "said, seconds are medians.\n"
@@ -262,7 +274,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    number = {"type": int, "nargs": "+", "metavar": "N"}
+    number: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}
     parser.add_argument("config", metavar="CONFIG", help="the task, a configuration of `train`")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where runs and results go")
     parser.add_argument("--methods", nargs="+", choices=list(COMPARED), default=list(COMPARED))

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_a3po.environment import node_name
 from megatron_a3po.errors import EXIT_NEEDS_PERSON
@@ -153,9 +154,10 @@ class RollCall:
 
 def _store(timeout: datetime.timedelta) -> Any:
     """A connection of its own: the main thread's may be waiting in it."""
-    store = dist.distributed_c10d._get_default_store().clone()
-    store.set_timeout(timeout)
-    return dist.PrefixStore("roll-call", store)
+    store: Any = dist.distributed_c10d._get_default_store()
+    own = store.clone()
+    own.set_timeout(timeout)
+    return PrefixStore("roll-call", own)
 
 
 def _stack(frame: FrameType | None) -> list[FrameType]:

@@ -40,7 +40,7 @@ class Snapshot:
 
     pieces: list[Piece]
     objects: list[tuple[str, Any]]
-    ready: torch.cuda.Event | None = None
+    ready: Any = None  # a torch.cuda.Event, of which torch has two classes
 
     @property
     def num_bytes(self) -> int:

@@ -130,7 +130,7 @@ def test_dry_run_at_full_size(inputs: Path, tmp_path: Path, capsys: pytest.Captu
 def test_two_steps_of_it_shrunken(inputs: Path, tmp_path: Path) -> None:
     model, run_dir = tmp_path / "model", tmp_path / "run"
     vocab_size = write_tokenizer(model)
-    shape = SHAPE | TINY | {"vocab_size": vocab_size, "max_position_embeddings": 512}
+    shape: dict[str, Any] = SHAPE | TINY | {"vocab_size": vocab_size, "max_position_embeddings": 512}
     Qwen2ForCausalLM(Qwen2Config(**shape, eos_token_id=0, dtype="float32")).save_pretrained(model)
     ended = command.run(
         tmp_path / "out",

@@ -143,7 +143,7 @@ def test_the_copy_is_of_its_moment_though_training_goes_on(replays: Replays, tmp
         return copy(memory, snapshot)
 
     def save(actor: Actor) -> None:
-        HostMemory.copy = late
+        HostMemory.copy = late  # pyright: ignore[reportAttributeAccessIssue]
         saving = Saving(_config(replays, run_dir, keep_last=1, keep_every=2), actor, Attempt(run_dir, 1))
         start(actor)
         assert actor.optimizer is not None
@@ -159,7 +159,9 @@ def test_the_copy_is_of_its_moment_though_training_goes_on(replays: Replays, tmp
             order.append("changed")
             return change(*arguments)
 
-        actor.pipeline.train, actor.optimizer.step = computed, changed
+        pipeline: Any = actor.pipeline
+        optimizer: Any = actor.optimizer
+        pipeline.train, optimizer.step = computed, changed
         for step in range(1, 6):
             expected = {name: shard.clone() for name, shard in actor.shards()}
             saving.begin({"step": step}, None)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 POLL_S = 0.002
 LOOPBACK = ("127.", "localhost", "::1", "0.0.0.0")
@@ -44,7 +44,7 @@ class Channel:
         timeout = datetime.timedelta(seconds=timeout_s)
         try:
             store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
-            joined = dist.PrefixStore(name, store)
+            joined = PrefixStore(name, store)
             if self._is_nccl:
                 torch.cuda.set_device(device)
                 nccl: Any = dist.ProcessGroupNCCL
