@@ -93,8 +93,8 @@ def _line(axis: Any, runs: list[list[Row]], metric: str, colour: str, label: str
     length = min(len(run) for run in runs)
     values = np.array([[row.get(metric, np.nan) for row in run[:length]] for run in runs], dtype=float)
     window = min(SMOOTHED_STEPS, length)
-    kernel = np.ones(window) / window
-    smooth = np.array([np.convolve(line, kernel, mode="valid") for line in values])
+    # A step without a value, such as one before whose batch nothing was scored, leaves the others their mean.
+    smooth = np.nanmean(np.lib.stride_tricks.sliding_window_view(values, window, axis=1), axis=2)
     steps = np.arange(window, length + 1)
     axis.plot(steps, smooth.mean(0), color=colour, linewidth=1.2, label=label)
     if len(runs) > 1:

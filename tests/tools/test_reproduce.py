@@ -115,6 +115,7 @@ def test_the_tables_and_the_rows_are_those_of_the_runs(out: Path) -> None:
     for title in ("Learning", "Trust region", "Time"):
         assert f"## {title}, 2 mini-batches" in text
     assert "## Approximation errors" in text
+    assert text.count("    tools/reproduce.py ") == 1  # the command of both calls
     assert "| 1 | forced recompute | 1 |" in text
     assert text.count("*published: recompute*") == 3
     assert (out / "report.html").is_file()
