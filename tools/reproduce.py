@@ -38,6 +38,7 @@ from megatron_a3po.errors import (
     EXIT_NEEDS_PERSON,
     EXIT_STOPPED,
     A3POError,
+    ConfigError,
 )
 from megatron_a3po.lifetime import StopWish
 
@@ -103,6 +104,7 @@ def run(arguments: argparse.Namespace, config: Config, planned: list[Cell], stop
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about what is not installed; `doctor` tells that in words
         import megatron_a3po.trainer.worker  # noqa: F401  imported once, for all forks
+    refuse_unfit(arguments.config, planned)
     remember(arguments)
     out, shown = arguments.out, Shown(sum(cell.steps for cell in planned), len(planned))
     with shown:
@@ -130,6 +132,15 @@ def run(arguments: argparse.Namespace, config: Config, planned: list[Cell], stop
     if failed:
         print(f"failed, and not in the tables: {', '.join(cell.name for cell in failed)}", file=sys.stderr)
     return EXIT_NEEDS_PERSON if failed else EXIT_DONE
+
+
+def refuse_unfit(config: str, cells: Sequence[Cell]) -> None:
+    """Errors: ConfigError where the configuration does not allow a cell, before anything is run for the others."""
+    for cell in cells:
+        try:
+            load_config(config, cell.overrides())
+        except ConfigError as error:
+            raise ConfigError([f"{cell.name}: {problem}" for problem in error.problems]) from None
 
 
 def remember(arguments: argparse.Namespace) -> None:

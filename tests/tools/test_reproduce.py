@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_a3po.errors import ConfigError
 from tests.run_files import write_rows
 from tests.trainer.command import ROOT, Command, spawn
 from tests.trainer.replay import write_tiny_model
@@ -137,6 +138,17 @@ def test_the_default_grid_is_what_is_promised(monkeypatch: pytest.MonkeyPatch) -
     assert len({cell.name for cell in gain}) == 1 + 4 * 3
     assert "rollout.max_staleness=0" in gain[0].overrides()
     assert all("rollout.filter_no_signal=false" in cell.overrides() for cell in gain)
+
+
+def test_a_cell_that_cannot_be_is_refused_before_any_runs(out: Path) -> None:
+    cells, reproduce = importlib.import_module("reproduce_cells"), importlib.import_module("reproduce")
+    config = str(out.parent / "task.yaml")
+    fits = cells.Cell("loglinear", "fixed", 1, 2, 1, STEPS)
+    reproduce.refuse_unfit(config, [fits])
+    with pytest.raises(
+        ConfigError, match=r"loglinear-d1-m1-s1: actor\.lr_warmup_iters is 2, but must be less"
+    ):
+        reproduce.refuse_unfit(config, [fits, cells.Cell("loglinear", "fixed", 1, 1, 1, 2)])
 
 
 def row_by_hand(**changes: Any) -> dict[str, Any]:
