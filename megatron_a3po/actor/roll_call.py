@@ -7,7 +7,6 @@ Either is named, and every rank that is left ends with exit code 3. Where nobody
 long) nothing happens. It asks nothing of the backend: gloo and NCCL differ only in what a main thread waits in.
 """
 
-import datetime
 import json
 import logging
 import os
@@ -20,8 +19,8 @@ from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 
+from megatron_a3po.actor.store import own_connection
 from megatron_a3po.environment import node_name
 from megatron_a3po.errors import EXIT_NEEDS_PERSON
 
@@ -40,7 +39,7 @@ class RollCall:
         self.poll_s = min(POLL_S, timeout_s / 5)
         self.window_s = min(30.0, max(5.0, timeout_s / 4))
         self.patience_s = max(timeout_s / 2, timeout_s - self.window_s)  # then what is found is said in time
-        self._store = _store(datetime.timedelta(seconds=self.window_s))
+        self._store = own_connection("roll-call", self.window_s)
         self._watched = threading.get_ident()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="roll-call", daemon=True)
@@ -150,14 +149,6 @@ class RollCall:
             sys.stderr.write(f"{sentence}\n")
             sys.stderr.flush()
         os._exit(EXIT_NEEDS_PERSON)  # the main thread cannot be called back from a collective
-
-
-def _store(timeout: datetime.timedelta) -> Any:
-    """A connection of its own: the main thread's may be waiting in it."""
-    store: Any = dist.distributed_c10d._get_default_store()
-    own = store.clone()
-    own.set_timeout(timeout)
-    return PrefixStore("roll-call", own)
 
 
 def _stack(frame: FrameType | None) -> list[FrameType]:

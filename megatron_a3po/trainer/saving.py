@@ -3,8 +3,8 @@
     begin     every rank notes its tensors of this moment; the rollouts are asked for their state
     (thread)  every rank copies its part to host memory, which the optimizer's next step waits for, writes it, and waits
               for the disk
-    go_on     between steps the ranks agree that all parts are there
-    (thread)  rank 0 writes the rest and the manifest, waits for the disk, and gives the folder its name
+    (thread)  rank 0 waits for all parts, writes the rest and the manifest, waits for the disk, and gives the folder its
+              name, however long the step under way takes
     go_on     between steps the ranks agree that it is done, or hear what went wrong
 
 Training waits for the first line alone; `finish` waits for all of it, when a run stops or ends. Killed at any moment
@@ -15,6 +15,7 @@ import concurrent.futures
 import dataclasses
 import json
 import logging
+import pickle
 import shutil
 import threading
 import time
@@ -31,6 +32,7 @@ from megatron_a3po.actor import checkpoint as actor_checkpoint
 from megatron_a3po.actor.actor import Actor
 from megatron_a3po.actor.checkpoint import Written
 from megatron_a3po.actor.snapshot import HostMemory, Snapshot
+from megatron_a3po.actor.store import own_connection
 from megatron_a3po.config import Config, to_yaml
 from megatron_a3po.lifetime import kill_point
 from megatron_a3po.trainer.attempt import Attempt
@@ -91,35 +93,63 @@ class Unwritten:
     missing_bytes: int
 
 
+Part = tuple[Written | Unwritten, int]  # and the bytes of the whole part
+
+
 @dataclass
 class UnderWay:
-    """A checkpoint between its copy and its name. Rank 0 alone has `rollouts`, and `rest` once all parts are there."""
+    """A checkpoint between its copy and its name. Rank 0 alone has `rest`: from all parts being there to the name."""
 
     checkpoint: Checkpoint
     trainer: dict[str, Any]
     common: bytes
     since: float
-    held_up_s: float
-    num_bytes: int
-    part: "Future[Written | Unwritten]"
-    rollouts: "Future[dict[str, Any]] | None"
-    parts_are_there: bool = False
+    part: "Future[None]"
     rest: "Future[str | None] | None" = None
+    held_up_s: float = 0.0
 
     @property
-    def own_work(self) -> "list[Future[Any]]":
-        """What this rank still has to do before the ranks meet."""
-        work = [self.rest] if self.parts_are_there else [self.part, self.rollouts]
-        return [future for future in work if future is not None]
+    def own_work(self) -> "Future[Any]":
+        """What this rank has to do before the ranks meet."""
+        return self.rest or self.part
+
+
+class Parts:
+    """What every rank's thread says of its part, for rank 0's: the threads meet while the ranks are in their step."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank, self._world_size = rank, world_size
+        self._store = own_connection("checkpoint-parts")
+        self._abandoned = threading.Event()
+
+    def put(self, number: int, part: Part) -> None:
+        self._store.set(f"{number}/{self._rank}", pickle.dumps(part))
+
+    def take_all(self, number: int) -> list[Part]:
+        """Wait for every rank's part of the checkpoint of this number."""
+        keys = [f"{number}/{rank}" for rank in range(self._world_size)]
+        while not self._store.check(keys):
+            if self._abandoned.wait(POLL_S):
+                raise RuntimeError("the run ends without this checkpoint")
+        parts = [pickle.loads(self._store.get(key)) for key in keys]
+        for key in keys:
+            self._store.delete_key(key)
+        return parts
+
+    def abandon(self) -> None:
+        """Nobody waits any more: a rank that is gone would be waited for in vain."""
+        self._abandoned.set()
 
 
 class Saving:
-    """The checkpoints of a run. Every method is collective over all ranks."""
+    """The checkpoints of a run. Every method but `abandon` is collective over all ranks."""
 
     def __init__(self, config: Config, actor: Actor, attempt: Attempt) -> None:
         self._config, self._actor, self._attempt = config, actor, attempt
         self._memory = HostMemory()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._parts = Parts(actor.grid.world_rank, actor.grid.world_size)
+        self._number = 0  # of checkpoints begun
         self._under_way: UnderWay | None = None
         self._newest: int | None = None  # the step of the last one begun that has not failed
         self._problem: str | None = None  # of the last one begun
@@ -140,25 +170,23 @@ class Saving:
             return
         state, copied = actor_checkpoint.snapshot(self._actor), threading.Event()
         common = actor_checkpoint.common_state(self._actor) if self._actor.grid.is_main else b""
-        rank = self._actor.grid.world_rank
-        part = self._thread.submit(_write, state, self._memory, copied, checkpoint.actor_directory, rank)
+        self._number, self._newest = self._number + 1, checkpoint.step
+        part = self._thread.submit(self._write, self._number, state, copied, checkpoint.actor_directory)
+        now = UnderWay(checkpoint, dict(trainer), common, since, part)
+        if self._actor.grid.is_main:
+            now.rest = self._thread.submit(self._complete, self._number, now, rollouts)
         self._actor.hold(copied)
-        held_up_s = time.monotonic() - since
-        self._newest = checkpoint.step
-        self._under_way = UnderWay(
-            checkpoint, dict(trainer), common, since, held_up_s, state.num_bytes, part, rollouts
-        )
+        now.held_up_s = time.monotonic() - since
+        self._under_way = now
 
     def go_on(self) -> None:
-        """Take the checkpoint under way further if all ranks can, without waiting."""
+        """Hear of the checkpoint under way if it is done on all ranks, without waiting."""
         now = self._under_way
-        if now is None or not self._all(all(future.done() for future in now.own_work)):
+        if now is None:
             return
-        if not now.parts_are_there:
-            parts = self._on_main((now.part.result(), now.num_bytes))
-            now.parts_are_there = True
-            if parts is not None:
-                now.rest = self._thread.submit(self._complete, now, parts)
+        if now.part.done():
+            now.part.result()  # what nobody foresaw
+        if not self._all(now.own_work.done()):
             return
         self._under_way = None
         problem = from_main(self._actor.grid, lambda: cast("Future[str | None]", now.rest).result())
@@ -176,17 +204,27 @@ class Saving:
     def finish(self) -> str | None:
         """Wait until no checkpoint is under way. Returns what went wrong with the last."""
         while (now := self._under_way) is not None:
-            concurrent.futures.wait(now.own_work, timeout=POLL_S)
+            concurrent.futures.wait([now.own_work], timeout=POLL_S)
             self.go_on()
         return self._problem
 
-    def _complete(self, now: UnderWay, parts: "list[tuple[Written | Unwritten, int]]") -> str | None:
+    def abandon(self) -> None:
+        """On this rank alone, as the process ends: no thread waits for what will not come."""
+        self._parts.abandon()
+
+    def _write(self, number: int, state: Snapshot, copied: threading.Event, directory: Path) -> None:
+        """In every rank's thread."""
+        part = _written(state, self._memory, copied, directory, self._actor.grid.world_rank)
+        self._parts.put(number, (part, state.num_bytes))
+
+    def _complete(self, number: int, now: UnderWay, asked: "Future[dict[str, Any]] | None") -> str | None:
         """In rank 0's thread. Returns what went wrong with the files. Errors: what the rollouts or a fence say."""
         checkpoint, aside = now.checkpoint, now.checkpoint.aside
+        parts = self._parts.take_all(number)
         if failed := [part for part, _ in parts if isinstance(part, Unwritten)]:
             num_bytes = sum(size for _, size in parts)
             return _lack(failed, num_bytes, aside)
-        rollouts = now.rollouts.result() if now.rollouts else None
+        rollouts = asked.result() if asked else None
 
         def write() -> None:
             checksums = actor_checkpoint.complete(
@@ -226,17 +264,11 @@ class Saving:
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self._actor.grid.host_group)
         return bool(flag.item())
 
-    def _on_main(self, value: Any) -> list[Any] | None:
-        grid = self._actor.grid
-        everyone: list[Any] | None = [None] * grid.world_size if grid.is_main else None
-        dist.gather_object(value, everyone, dst=0, group=grid.host_group)
-        return everyone
 
-
-def _write(
+def _written(
     state: Snapshot, memory: HostMemory, copied: threading.Event, directory: Path, rank: int
 ) -> Written | Unwritten:
-    """In every rank's thread."""
+    """What there is of a rank's part once it has been tried."""
     try:
         copy = memory.copy(state)
     finally:

@@ -140,6 +140,7 @@ def _session(
         actor.start_stage(_schedule(config))
         progress, rollout_state = _restore(actor, beginning.checkpoint)
         saving = Saving(config, actor, attempt)
+        stack.callback(saving.abandon)
         if beginning.checkpoint is None and config.warm_start is not None:
             saving.begin(vars(progress), None)  # so that the warm start is done once
         transport = create_transport(config.rollout, grid.device)

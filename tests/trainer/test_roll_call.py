@@ -71,7 +71,7 @@ def pid_of(running: Command, log: Path) -> int:
 
 
 def test_nobody_is_named_where_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_a3po.actor.roll_call._store", lambda timeout: None)
+    monkeypatch.setattr("megatron_a3po.actor.roll_call.own_connection", lambda *_: None)
     call = RollCall(0, 3, 600)
     waits, works = {"waits": True, "where": "a"}, {"waits": False, "where": "b (c.py:1)"}
     assert call.verdict({0: works, 1: works, 2: works}) is None
