@@ -25,7 +25,7 @@ from megatron_a3po.config import Config, read_model_shape, to_yaml
 from megatron_a3po.config.difference import differing_keys
 from megatron_a3po.errors import ConfigError, InputError
 from megatron_a3po.trainer.attempt import Attempt, lock
-from megatron_a3po.weights.aside import write_aside, written_aside
+from megatron_a3po.weights.aside import put_back, write_aside, written_aside
 from megatron_a3po.weights.manifest import damage
 
 FORMAT = 2  # 2: layers by number, rollouts without a pickle
@@ -161,6 +161,7 @@ def claim(config: Config, beginning: Beginning, held: ExitStack) -> tuple[Attemp
         raise ConfigError(
             f"run_dir is {run_dir}, where another start has just finished the run; run again to see how"
         )
+    put_back(run_dir / "checkpoints")
     for unfinished in (run_dir / "checkpoints").glob("*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
     if checkpoints_of(run_dir)[-1:] != beginning.newest:

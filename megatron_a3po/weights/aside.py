@@ -3,7 +3,7 @@
 A writer that is killed leaves `<name>.tmp`, which the next one to write there removes. What is replaced changes places
 with it in one step of the kernel, so the name is never absent. Where the file system knows no such step, the old steps
 aside as `<name>.old.tmp` for the moment between two renames: a writer killed in just that moment leaves no `<name>`,
-but both contents whole beside it; the next one to finish there removes them.
+but both contents whole beside it; `put_back` gives the old one its name again.
 """
 
 import ctypes
@@ -19,6 +19,7 @@ from typing import Self
 from megatron_a3po.errors import OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REPLACED = ".old.tmp"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -27,7 +28,7 @@ def aside_of(directory: Path) -> Path:
 
 
 def replaced_of(directory: Path) -> Path:
-    return directory.with_name(directory.name + ".old.tmp")
+    return directory.with_name(directory.name + REPLACED)
 
 
 def open_aside(directory: Path) -> Path:
@@ -55,6 +56,15 @@ def put_in_place(aside: Path, directory: Path) -> None:
         directory.rename(replaced)
         aside.rename(directory)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Whatever in `folder` had stepped aside gets its name again, where nothing has it: its writer was killed. Only for
+    who has the folder to itself."""
+    for replaced in folder.glob(f"*{REPLACED}"):
+        name = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if not name.exists():
+            replaced.rename(name)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -1,12 +1,13 @@
 """What is replaced is never absent, and what is renamed is on the disk before."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from megatron_a3po.weights import aside
-from megatron_a3po.weights.aside import make_durable, put_in_place
+from megatron_a3po.weights.aside import make_durable, put_back, put_in_place
 
 
 def new(folder: Path, content: str) -> Path:
@@ -39,6 +40,30 @@ def test_it_is_replaced_where_names_cannot_be_exchanged(
     put_in_place(new(tmp_path / "name.tmp", "new"), name)
     assert (name / "content").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["name"]
+
+
+def test_what_stepped_aside_comes_back_after_a_kill_between_the_two_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aside, "RENAME_EXCHANGE", 1 << 20)
+    rename = Path.rename
+
+    def killed_after(path: Path, target: Path) -> Path:
+        rename(path, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return target
+
+    name, other = new(tmp_path / "name", "old"), new(tmp_path / "other", "here")
+    new(tmp_path / "other.old.tmp", "older")
+    written = new(tmp_path / "name.tmp", "new")
+    if (writer := os.fork()) == 0:
+        monkeypatch.setattr(Path, "rename", killed_after)
+        put_in_place(written, name)
+    assert os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) == -signal.SIGKILL
+    assert not name.exists()
+    put_back(tmp_path)
+    assert (name / "content").read_text() == "old"
+    assert (other / "content").read_text() == "here"
 
 
 def test_all_of_a_directory_is_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
