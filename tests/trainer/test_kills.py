@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable
 from itertools import chain
@@ -85,28 +86,51 @@ def test_a_kill_at_each_named_point_is_followed_by_the_same_run(replays, overrid
     assert not list((run_dir / "checkpoints").glob("*.tmp"))
 
 
-def pausing_before(name: str) -> Callable[[], None]:
-    """The process stops by itself, as if its node were gone, before it looks whether it is fenced off: in a step, or
-    right before its checkpoint gets its name."""
+def test_a_warm_start_is_done_once(replays: Replays) -> None:
+    """Killed when its checkpoint, that of step 0, has just got its name."""
+    warm = [
+        "warm_start={steps: 3, batch_size: 8, lr_warmup_iters: 1, lr: 1e-2}",
+        "actor.data_parallel_size=2",
+    ]
+    straight = replays.run("warm", *warm)
+    argv, run_dir = replays.argv("warm-killed", *warm), replays.folder / "warm-killed"
+    ended = command.fork(replays.folder / "out" / "warm", *argv, before=killed_at("after_rename")).wait()
+    assert ended.code == 3, ended.output
+    assert (run_dir / "checkpoints" / "step-0").is_dir()
+    done = (run_dir / "warm_start" / "metrics.jsonl").read_text()
+    rows, weights = replays.run("warm-killed", *warm)
+    assert (run_dir / "warm_start" / "metrics.jsonl").read_text() == done
+    assert without_times(rows) == without_times(straight[0])
+    assert identical(weights, straight[1])
+
+
+STEP_OF = {"a step": 3, "a name": 4}  # in which it pauses; the checkpoint is of step 3
+
+
+def pausing_before(name: str, run_dir: Path) -> Callable[[], None]:
+    """The process stops by itself, as if its node were gone, as it looks whether it is fenced off: in a step, where its
+    checkpoint's thread may be right before the name. A thread may run on for a moment when its process is stopped."""
 
     def before() -> None:
         from megatron_a3po.trainer import saving
         from megatron_a3po.trainer.attempt import Attempt
 
-        look, looks = Attempt.refuse_if_fenced, iter(range(100))
+        look, looks, before_the_name = Attempt.refuse_if_fenced, iter(range(100)), threading.Event()
 
         def paused_look(self: Attempt) -> None:
-            if next(looks) == 2:
+            if threading.current_thread() is threading.main_thread() and next(looks) == STEP_OF[name] - 1:
+                assert name == "a step" or before_the_name.wait(60)
                 os.kill(os.getpid(), signal.SIGSTOP)
             look(self)
 
         def paused_point(point: str) -> None:
             if point == "before_rename":
-                os.kill(os.getpid(), signal.SIGSTOP)
+                before_the_name.set()
+                while not (run_dir / "attempts" / "2").exists():
+                    time.sleep(0.01)
 
-        if name == "a step":
-            Attempt.refuse_if_fenced = paused_look
-        else:
+        Attempt.refuse_if_fenced = paused_look
+        if name == "a name":
             saving.kill_point = paused_point
 
     return before
@@ -125,14 +149,14 @@ def is_paused(pid: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", ["a step", "a name"])
+@pytest.mark.parametrize("name", STEP_OF)
 def test_a_lower_attempt_that_comes_back_stops_before_it_writes(replays, long: Path, name: str) -> None:
     folder = f"fenced-{name}".replace(" ", "-")
     run_dir, out = replays.folder / folder, replays.folder / "out" / folder
     few = [f"trainer.replay={long}", "trainer.steps=6", "trainer.save_every=3"]
-    lower = command.fork(out, *replays.argv(folder, *few), before=pausing_before(name))
+    lower = command.fork(out, *replays.argv(folder, *few), before=pausing_before(name, run_dir))
     lower.wait_for(lambda: any(map(is_paused, lower.members())))
-    seen = read_metrics(run_dir)
+    assert len(read_metrics(run_dir)) == STEP_OF[name] - 1
     higher = command.fork(out, *replays.argv(folder, *few), before=blind_to_locks)
     higher.wait_for(lambda: (run_dir / "attempts" / "2").exists())
     for pid in lower.members():
@@ -148,7 +172,7 @@ def test_a_lower_attempt_that_comes_back_stops_before_it_writes(replays, long: P
     of_lower = [
         line for line in (run_dir / "metrics.jsonl").read_text().splitlines() if '"attempt": 1' in line
     ]
-    assert len(of_lower) == len(seen)
+    assert len(of_lower) == STEP_OF[name] - 1
     assert '"attempt": 2' in (run_dir / "checkpoints/step-3/trainer.json").read_text()
     rows_alone, weights_alone = replays.run(f"{folder}-alone", *few)
     assert without_times(rows) == without_times(rows_alone)
