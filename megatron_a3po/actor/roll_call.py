@@ -70,7 +70,7 @@ class RollCall:
             if is_silent or self._is_called(number):
                 answers = self._answers(number)
                 if not self._done.is_set() and (sentence := self.verdict(answers)):
-                    self._end(sentence, answers)
+                    self._end(number, sentence, answers)
                 number, self._in_call_since = number + 1, time.monotonic()
 
     def _look(self, now: float) -> None:
@@ -143,11 +143,17 @@ class RollCall:
         whom = f"{_listed(elsewhere)}, which did not arrive" if elsewhere else "one another"
         return f"the ranks have waited {limit} for {whom}: {places}"
 
-    def _end(self, sentence: str, answers: Mapping[int, dict[str, Any]]) -> None:
+    def _end(self, number: int, sentence: str, answers: Mapping[int, dict[str, Any]]) -> None:
         logger.critical("%s", sentence)
-        if self.rank == min(answers, default=self.rank):
-            sys.stderr.write(f"{sentence}\n")
-            sys.stderr.flush()
+        try:
+            if self.rank == min(answers, default=self.rank):
+                sys.stderr.write(f"{sentence}\n")
+                sys.stderr.flush()
+                self._store.set(f"said/{number}", "")
+            else:  # whoever ends first takes the others along
+                self._store.wait([f"said/{number}"])
+        except RuntimeError:
+            time.sleep(self.poll_s)
         os._exit(EXIT_NEEDS_PERSON)  # the main thread cannot be called back from a collective
 
 
