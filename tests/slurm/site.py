@@ -82,7 +82,10 @@ class Site:
 
 
 def in_the_middle(job: Job, run_dir: Path) -> None:
-    job.wait_for(lambda: num_rows(run_dir) >= MIDDLE, "a step after the first checkpoint")
+    first = run_dir / "checkpoints" / f"step-{EVERY}"  # which is written while the steps go on
+    job.wait_for(
+        lambda: num_rows(run_dir) >= MIDDLE and first.is_dir(), "a step after the first checkpoint, and that"
+    )
 
 
 def doctor(site: Site, job: Job) -> str:
