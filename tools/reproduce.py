@@ -13,6 +13,7 @@ earlier calls too. The warm start of CONFIG runs once; without one every run sta
 import argparse
 import contextlib
 import datetime
+import importlib.util
 import io
 import json
 import os
@@ -25,11 +26,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from megatron_a3po.__main__ import main as megatron_a3po
 from megatron_a3po.config import Config, load_config
+from megatron_a3po.config.difference import flat
 from megatron_a3po.environment import set_default
 from megatron_a3po.errors import (
     EXIT_BAD_INPUT,
@@ -39,6 +42,7 @@ from megatron_a3po.errors import (
     EXIT_STOPPED,
     A3POError,
     ConfigError,
+    InputError,
 )
 from megatron_a3po.lifetime import StopWish
 
@@ -61,6 +65,7 @@ from megatron_a3po.trainer.summary import duration, read_summary  # noqa: E402
 FULL_STALENESS = (0, 1, 2, 4, 8, 16)
 FULL_BOUNDS = (1, 2, 4, 8)
 COMMANDS = "commands.txt"
+OF_THE_START = ("run_dir", "warm_start", "model.hf_path", "model.initialization")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,12 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(arguments.config)
         cells = planned(arguments, config)
         code = EXIT_DONE if arguments.tables_only else run(arguments, config, cells, stop)
+        write_results(arguments)
     except A3POError as error:
         sys.stderr.write("".join(f"{problem}\n" for problem in error.problems))
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    write_results(arguments)
     return code
 
 
@@ -104,7 +109,10 @@ def run(arguments: argparse.Namespace, config: Config, planned: list[Cell], stop
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about what is not installed; `doctor` tells that in words
         import megatron_a3po.trainer.worker  # noqa: F401  imported once, for all forks
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("the plots need matplotlib: `make install`, or pip install matplotlib.")
     refuse_unfit(arguments.config, planned)
+    refuse_others(arguments, planned)
     remember(arguments)
     out, shown = arguments.out, Shown(sum(cell.steps for cell in planned), len(planned))
     with shown:
@@ -143,12 +151,33 @@ def refuse_unfit(config: str, cells: Sequence[Cell]) -> None:
             raise ConfigError([f"{cell.name}: {problem}" for problem in error.problems]) from None
 
 
+def refuse_others(arguments: argparse.Namespace, cells: Sequence[Cell]) -> None:
+    """Errors: InputError where a run in the folder is of another task or length than this call asks for."""
+    here, problems = Cells(arguments.out, arguments.config, None, lambda: False), []
+    for cell in cells:
+        if not (file := here.directory(cell) / "config.yaml").is_file():
+            continue
+        had: dict[str, Any] = flat(OmegaConf.to_container(OmegaConf.load(file)))
+        wanted = flat(load_config(arguments.config, cell.overrides()).model_dump(mode="json"))
+        keys = [key for key in wanted.keys() & had.keys() if had[key] != wanted[key]]
+        if keys := sorted(key for key in keys if not key.startswith(OF_THE_START)):
+            problems.append(
+                f"{file.parent} is a run with another {', '.join(keys)}: give another --out, or move it aside."
+            )
+    if problems:
+        raise InputError(problems)
+
+
 def remember(arguments: argparse.Namespace) -> None:
     """The commands that runs in this folder came from, each once; the results name them."""
     arguments.out.mkdir(parents=True, exist_ok=True)
-    commands = arguments.out / COMMANDS
-    known = commands.read_text().splitlines() if commands.is_file() else []
-    write_aside(commands, "".join(f"{line}\n" for line in dict.fromkeys([*known, arguments.command])))
+    lines = dict.fromkeys([*known_commands(arguments.out), arguments.command])
+    write_aside(arguments.out / COMMANDS, "".join(f"{line}\n" for line in lines))
+
+
+def known_commands(out: Path) -> list[str]:
+    """Those there is a note of."""
+    return (out / COMMANDS).read_text().splitlines() if (out / COMMANDS).is_file() else []
 
 
 def shared_start(
@@ -242,6 +271,8 @@ def write_results(arguments: argparse.Namespace) -> None:
     """Tables, rows for programs, plots and the page of figures, of every finished run under the folder."""
     out = arguments.out
     if not (rows := read_results(out)):
+        if arguments.tables_only:
+            raise InputError(f"{out} has no finished run: give the --out of an earlier call.")
         return
     from reproduce_plots import draw
 
@@ -271,7 +302,7 @@ def _oldest(rows: list[dict]) -> int:
 def _heading(arguments: argparse.Namespace, num_runs: int) -> str:
     start = read_summary(arguments.out / "start")
     accuracy = start and start.get("accuracy_before")
-    commands = "".join(f"    {line}\n" for line in (arguments.out / COMMANDS).read_text().splitlines())
+    commands = "".join(f"    {line}\n" for line in known_commands(arguments.out))
     began = "" if accuracy is None else f" All start from one warm start, of accuracy {accuracy:.3f}."
     return (
         f"# {num_runs} runs of {arguments.config}\n\n{commands}\n"
@@ -279,6 +310,12 @@ def _heading(arguments: argparse.Namespace, num_runs: int) -> str:
         "seeds; reward and entropy at the end, weights and errors over the steps whose samples are as stale as is "
         "said, seconds are medians.\n"
     )
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError(text)
+    return number
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -299,7 +336,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--free", help="free-running as well, with these bounds", **number)
     parser.add_argument("--mini-batches", help="optimizer steps in a training step (default: 4)", **number)
     parser.add_argument("--seeds", default=[1, 2, 3], **number)
-    parser.add_argument("--steps", type=int, metavar="N", help="of each run (default: trainer.steps)")
+    parser.add_argument("--steps", type=positive, metavar="N", help="of each run (default: trainer.steps)")
     parser.add_argument("--full", action="store_true", help="the whole grid, hours on two cores")
     parser.add_argument("--asynchronous", action="store_true", help="the asynchronous gain instead")
     parser.add_argument("--bounds", default=[1, 2, 4, 8], help="of the asynchronous gain", **number)

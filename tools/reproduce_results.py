@@ -101,7 +101,7 @@ def figures(cell: Cell, run_dir: Path) -> Row:
     # The first step of a run waits for the generator to start.
     measured = rows[1:] or rows if cell.gain else stale
     times = {f"{part}_s": median_of(stale, f"time/{part}") for part in ("step", *PARTS)}
-    whole = sum(row["time/step"] for row in measured)
+    whole = sum(row.get("time/step") or 0.0 for row in measured)
     return {
         "name": cell.name,
         "minutes": summary["wall_seconds"] / 60,
@@ -109,13 +109,13 @@ def figures(cell: Cell, run_dir: Path) -> Row:
         "accuracy": summary["accuracy_after"],
         **{name: mean_of(rows[-LAST_STEPS:], metric) for name, metric in FINAL.items()},
         **{name: mean_of(measured, metric) for name, metric in MEANS.items()},
-        "importance_weight_largest": max(row[MEANS["importance_weight_max"]] for row in measured),
-        "staleness_max": max(row["staleness/max"] for row in measured),
+        "importance_weight_largest": most(measured, MEANS["importance_weight_max"]),
+        "staleness_max": most(measured, "staleness/max"),
         "peak_mb": max(row.get("memory/rank_bytes") or 0.0 for row in rows) / 2**20 or None,
-        "dropped_groups": sum(row["rollout/dropped_groups"] for row in measured),
+        "dropped_groups": sum(row.get("rollout/dropped_groups") or 0 for row in measured),
         "samples_s": whole,
-        "trainer_idle": sum(row["time/wait_for_samples"] for row in measured) / whole,
-        "generator_idle": sum(row["rollout/idle_s"] for row in measured) / whole,
+        "trainer_idle": sum(row.get("time/wait_for_samples") or 0.0 for row in measured) / whole,
+        "generator_idle": sum(row.get("rollout/idle_s") or 0.0 for row in measured) / whole,
         **times,
         **approximation_errors(stale),
     }
@@ -143,6 +143,11 @@ def mean_and_spread(rows: Iterable[Row], name: str) -> tuple[float, float] | Non
     if not values:
         return None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def most(rows: list[Row], name: str) -> float | None:
+    """The largest of a metric; a number that was not finite is none."""
+    return max((row[name] for row in rows if row.get(name) is not None), default=None)
 
 
 def median_of(rows: list[Row], name: str) -> float | None:

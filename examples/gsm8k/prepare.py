@@ -29,6 +29,10 @@ def chats(file: Path) -> Iterator[str]:
 
 
 def main(folder: Path, out: Path = INPUTS) -> None:
+    if missing := [str(folder / name) for name in FILES if not (folder / name).is_file()]:
+        sys.exit(
+            f"{' and '.join(missing)} not found: give the folder with GSM8K's train.jsonl and test.jsonl."
+        )
     out.mkdir(parents=True, exist_ok=True)
     for name, written in FILES.items():
         rows = list(chats(folder / name))

@@ -69,13 +69,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [json.dumps({"question": question, "answer": answer}) + "\n" for question, answer in PROBLEMS]
     for name in ("train.jsonl", "test.jsonl"):
         (folder / name).write_text("".join(rows))
+    prepare().main(folder, folder / "inputs")
+    return folder / "inputs"
+
+
+def prepare() -> Any:
+    """examples/gsm8k/prepare.py, which is a script in no package."""
     spec = importlib.util.spec_from_file_location("prepare_gsm8k", ROOT / "examples/gsm8k/prepare.py")
     assert spec
     assert spec.loader
-    module: Any = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main(folder, folder / "inputs")
-    return folder / "inputs"
+    return module
 
 
 def overrides(inputs: Path, model: Path, *more: str) -> list[str]:
@@ -98,6 +103,12 @@ def test_answers_are_what_the_reward_looks_for(inputs: Path) -> None:
         assert math_equal("", f"So it is \\boxed{{{row['answer']}}}.", row["answer"]) == 1.0
         assert math_equal("", "So it is \\boxed{12345}.", row["answer"]) == 0.0
     assert math_equal("", "It takes \\boxed{\\$2,250}.", rows[1]["answer"]) == 1.0
+
+
+def test_a_folder_without_the_problems_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"train\.jsonl and .*test\.jsonl not found"):
+        prepare().main(tmp_path / "nowhere", tmp_path / "inputs")
+    assert not (tmp_path / "inputs").exists()
 
 
 def test_dry_run_at_full_size(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

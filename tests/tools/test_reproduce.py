@@ -3,15 +3,18 @@
 import csv
 import importlib
 import json
+import shutil
 import signal
 import sys
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from megatron_a3po.errors import ConfigError
+from megatron_a3po.errors import ConfigError, InputError
 from tests.run_files import write_rows
 from tests.trainer.command import ROOT, Command, spawn
 from tests.trainer.replay import write_tiny_model
@@ -149,6 +152,37 @@ def test_a_cell_that_cannot_be_is_refused_before_any_runs(out: Path) -> None:
         ConfigError, match=r"loglinear-d1-m1-s1: actor\.lr_warmup_iters is 2, but must be less"
     ):
         reproduce.refuse_unfit(config, [fits, cells.Cell("loglinear", "fixed", 1, 1, 1, 2)])
+
+
+def test_a_run_of_another_task_or_length_is_not_taken_for_this_one(out: Path, tmp_path: Path) -> None:
+    cells, reproduce = importlib.import_module("reproduce_cells"), importlib.import_module("reproduce")
+    config = out.parent / "task.yaml"
+    asked = Namespace(config=str(config), out=out)
+    there = cells.Cell("loglinear", "fixed", 1, 2, 1, STEPS)
+    reproduce.refuse_others(asked, [there, cells.Cell("loglinear", "fixed", 3, 2, 1, STEPS + 1)])
+    with pytest.raises(InputError, match=r"loglinear-d1-m2-s1 is a run with another trainer\.steps: give"):
+        reproduce.refuse_others(asked, [replace(there, steps=STEPS + 1)])
+    asked.config = str(tmp_path / "other.yaml")
+    Path(asked.config).write_text(config.read_text().replace("lr: 0.001", "lr: 0.002"))
+    with pytest.raises(InputError, match=r"another actor\.lr: give another --out"):
+        reproduce.refuse_others(asked, [there])
+
+
+def test_a_number_that_a_step_has_not_costs_no_table(out: Path, tmp_path: Path) -> None:
+    results = importlib.import_module("reproduce_results")
+    folder = tmp_path / "out"
+    shutil.copytree(out / "cells", folder / "cells", ignore=shutil.ignore_patterns("export", "checkpoints"))
+    file = folder / "cells" / "loglinear-d1-m2-s1" / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[1] |= {"importance_weight/max": None, "time/step": None}
+    del rows[2]["rollout/idle_s"]
+    write_rows(file, rows)
+    found, whole = (
+        next(row for row in results.read_results(one) if row["name"] == file.parent.name)
+        for one in (folder, out)
+    )
+    assert found.keys() == whole.keys()
+    assert found["importance_weight_largest"] <= whole["importance_weight_largest"]
 
 
 def row_by_hand(**changes: Any) -> dict[str, Any]:
