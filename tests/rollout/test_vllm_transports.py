@@ -130,7 +130,7 @@ def test_requests_under_way_go_on_under_the_new_weights(
         async with vllm_server.engine(places=[place(vllm_server, is_staged=is_staged)], eos=False) as engine:
             for version in range(1, 11):
                 generating = asyncio.create_task(engine.generate(requests))
-                await unless_failed(engine, some_under_way(engine))
+                await unless_failed(engine, some_under_way(engine, generating))
                 directory = tmp_path / f"version-{version}"
                 export = export_of(vllm_server.versions[version % 3])
                 sender.publish(export, version, directory, lambda: None)
@@ -156,8 +156,9 @@ def test_requests_under_way_go_on_under_the_new_weights(
     assert 0 < metrics["publish/stall_s"] <= metrics["publish/duration_s"]
 
 
-async def some_under_way(engine: VllmEngine) -> None:
-    while not any(server.tokens_in_flight for server in engine._fleet.serving):
+async def some_under_way(engine: VllmEngine, generating: "asyncio.Task[Any]") -> None:
+    """Or all done already, where this process was not given a core in between."""
+    while not generating.done() and not any(server.tokens_in_flight for server in engine._fleet.serving):
         await asyncio.sleep(0.01)
 
 
