@@ -23,7 +23,8 @@ class Waves:
     async def update_weights(self, version: int, directory: Path) -> None:
         self.version = version
 
-    async def sample(self, prompts: list[int]) -> list[Group]:
+    async def sample(self, prompts: list[int], *, lockstep: bool) -> list[Group]:
+        assert lockstep
         await self.allowed.acquire()
         versions = np.array([-1, self.version], np.int32)
         sample = Trajectory(
@@ -47,19 +48,20 @@ async def _state() -> dict[int, int]:
     """Step to prompt of the waiting batches in a state that is asked for after step 0 of staleness 2."""
     waves, prompts = Waves(), SimpleNamespace(at=lambda index: index)
     producer = WaveProducer(waves, prompts, FixedStaleness(2, 1))  # pyright: ignore[reportArgumentType]
-    running = asyncio.create_task(producer.run())
-    for _ in range(3):
+    async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(producer.run())
+        for _ in range(3):
+            waves.allowed.release()
+        await producer.take(0)
+        await producer.publish(1, Path())
+        asked: asyncio.Task[dict[str, Any]] = tasks.create_task(producer.state())
+        await asyncio.sleep(0)
+        await producer.take(1)
+        await producer.take(2)
+        second = tasks.create_task(producer.publish(2, Path()))
+        assert not asked.done(), "the wave of version 1 is still under way"
         waves.allowed.release()
-    await producer.take(0)
-    await producer.publish(1, Path())
-    asked: asyncio.Task[dict[str, Any]] = asyncio.create_task(producer.state())
-    await asyncio.sleep(0)
-    await producer.take(1)
-    await producer.take(2)
-    second = asyncio.create_task(producer.publish(2, Path()))
-    assert not asked.done(), "the wave of version 1 is still under way"
-    waves.allowed.release()
-    state = await asked
-    await second
-    running.cancel()
+        state = await asked
+        await second
+        running.cancel()
     return {step: groups[0].prompt_index for step, groups in state["waiting"].items()}
