@@ -53,9 +53,10 @@ def test_ten_thousand_steps(long_run: Path, width: int, dark: bool):
 
 def test_an_error_and_slowness_would_be_seen(tmp_path: Path):
     (tmp_path / "page.html").write_text("<!doctype html><body></body>")
+    idle = open_page(tmp_path / "page.html", then="true")
     opened = open_page(tmp_path / "page.html", then=f"{BUSY} throw new Error('no ' + sum)")
     assert "Uncaught Error: no " in opened.console[0]
-    assert opened.cpu_s > OPENS_S
+    assert opened.cpu_s > idle.cpu_s + 0.3  # a second, on a machine that is not the fastest
 
 
 def test_one_step(tmp_path: Path):
