@@ -10,7 +10,7 @@ from tests.slurm.site import EVERY, MIDDLE, STEPS, TP2, TP2_PP2, Site, doctor, i
 from tests.trainer.replay import Replays, Rows, Weights, identical, logs_of, without_times
 from tests.trainer.test_resume import num_rows, step_of
 
-PASS_OVER = 'case "$*" in *--dry-run*) exec {python} "$@" ;; esac\n'
+PASS_OVER = 'case "$*" in *--dry-run* | *take_over*) exec {python} "$@" ;; esac\n'
 
 
 @pytest.fixture(scope="module")
