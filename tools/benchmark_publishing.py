@@ -3,7 +3,7 @@
 Writes a random Qwen2 of some 500 MB in fp32, starts two vLLM servers, and publishes the weights to one that generates
 all the while: as files and over the collective transport, staged in host memory and not. Beside them is the floor: the
 same buckets over the same transport to a process that does nothing with them. Then the servers' throughput, one against
-both. All in one run, the ways taking turns; each figure is the median of the rounds. Figures are in docs/vllm.md.
+both. All in one run, the ways taking turns; each figure is the median of the rounds.
 
     PYTHONPATH=. OMP_NUM_THREADS=1 python tools/benchmark_publishing.py --vllm-python .venv-vllm/bin/python
 
