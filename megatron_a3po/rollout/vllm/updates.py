@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 Failure = ServerError | ConfigError
 ANSWER_S = 120.0  # for the trainer to begin a transfer
-GRACE_S = 15.0  # for a server to answer once it must know that its transfer is broken
+GRACE_S = 15.0  # for a server to answer once it must have all, or know that its transfer is broken
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Opened:
     version: int
     num_bytes: int
     told: dict[Server, dict[str, Any]]
-    channel_s: float = 0.0  # how long a member waits for another
+    channel_s: float = 0.0  # how long a member waits for another; 0 where there are no members
 
 
 class Source(Protocol):
@@ -137,7 +137,8 @@ async def update_servers(servers: Sequence[Server], version: int, directory: Pat
 
 
 async def _take(servers: Sequence[Server], source: Source, updated: Updated) -> list[Server]:
-    """One attempt, noted in `updated`. Who is worth another: those that answer, after a transfer that broke."""
+    """One attempt, noted in `updated`. Who is worth another: those that answer, after a transfer that broke. It may
+    break between two servers only, after the trainer has sent its last byte."""
     failed = updated.failed
     for server in servers:
         failed.pop(server, None)
@@ -155,13 +156,15 @@ async def _take(servers: Sequence[Server], source: Source, updated: Updated) -> 
         return []
     updated.num_bytes = opened.num_bytes
     why = await _receive(opened, source, failed)
-    again = [server for server in servers if why and type(failed.get(server)) is ServerError]
+    is_shared = len(opened.told) > 1
+    again = [one for one in opened.told if (why or is_shared) and type(failed.get(one)) is ServerError]
     await _each(able(), lambda server: server.finish_update(opened.version), failed)
     return again
 
 
 async def _receive(opened: Opened, source: Source, failed: dict[Server, Failure]) -> str:
-    """All at once. Why the transfer is broken, or nothing; then a server that hangs is not waited for."""
+    """All at once. Why the transfer is broken, or nothing. Once the trainer's end of it is done, whether it broke or
+    not, a server that hangs is not waited for."""
     async with asyncio.TaskGroup() as tasks:
         receiving = {
             server: tasks.create_task(_noting(server, server.receive(told), failed))
@@ -169,11 +172,14 @@ async def _receive(opened: Opened, source: Source, failed: dict[Server, Failure]
         }
         if why := await source.why_broken():
             logger.warning("a transfer of weights to %d vLLM servers is broken: %s", len(receiving), why)
+        if opened.channel_s:
             _, silent = await asyncio.wait(receiving.values(), timeout=opened.channel_s + GRACE_S)
             for server, task in receiving.items():
                 if task in silent:
                     task.cancel()
-                    failed[server] = TimedOut(f"it did not answer after a transfer of weights broke ({why})")
+                    failed[server] = TimedOut(
+                        f"it did not answer after a transfer of weights ({why or 'all was sent'})"
+                    )
     return why
 
 

@@ -9,6 +9,7 @@ import datetime
 import itertools
 import json
 import logging
+import secrets
 import socket
 import threading
 from typing import Any
@@ -73,7 +74,8 @@ class Sender:
         with self._held.reading() as (version, buckets):
             if self._channel is None or self._channel[0] != members:
                 self._drop_channel()
-                name = f"channel/{number}"
+                # A server may have outlived another trainer, and has a channel of that one.
+                name = f"channel/{number}-{secrets.token_hex(4)}"
             else:
                 name = self._channel[1].name
             settings = {
