@@ -26,7 +26,7 @@ from megatron_a3po.config.actor import ActorSection
 from megatron_a3po.config.model import ModelSection
 from megatron_a3po.vocab_parallel import LossOutput, Objective, choose_chunk_tokens
 from megatron_a3po.weights.families import table_of
-from megatron_a3po.weights.hugging_face import announce, write_hugging_face
+from megatron_a3po.weights.hugging_face import announce
 from megatron_a3po.weights.operations import Layout
 from megatron_a3po.weights.shards import full_tensors, load_shards
 from megatron_a3po.weights.sources import RandomSource, SafetensorsSource
@@ -141,15 +141,7 @@ class Actor:
 
     def write_hugging_face(self, directory: Path, *, with_tokenizer: bool = False) -> None:
         """Write the current weights as a Hugging Face directory. Collective over all ranks."""
-        export = self.export()
-        write_hugging_face(
-            export.tensors,
-            export.announced,
-            directory,
-            template=export.template,
-            peers=export.host_group,
-            lasting=with_tokenizer,
-        )
+        self.export().write(directory, lasting=with_tokenizer)
 
     def export(self) -> Export:
         """The current weights as full tensors, gathered when they are asked for. Collective over all ranks."""

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_a3po.weights.hugging_face import write_hugging_face
 from megatron_a3po.weights.safetensors_file import Announced
 
 
@@ -35,6 +36,17 @@ class Export:
     @property
     def is_main(self) -> bool:
         return dist.get_rank(self.host_group) == 0
+
+    def write(self, directory: Path, *, lasting: bool) -> None:
+        """As a Hugging Face directory (`write_hugging_face`). Collective over all ranks."""
+        write_hugging_face(
+            self.tensors,
+            self.announced,
+            directory,
+            template=self.template,
+            peers=self.host_group,
+            lasting=lasting,
+        )
 
 
 class Transport(Protocol):
