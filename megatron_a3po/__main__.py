@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             logging.getLogger(PACKAGE).error("%s", problem)
         return error.exit_code
     except KeyboardInterrupt:
+        # An interrupt that passed through exec, which makes dataclasses while a module loads, stays noted in CPython,
+        # and the process would end by the signal whatever its exit code; the next exec takes the note away.
+        exec("")
         return EXIT_INTERRUPTED
     except SystemExit:
         raise

@@ -388,6 +388,25 @@ def test_exit_codes_at_the_error_boundary(monkeypatch: pytest.MonkeyPatch, caplo
     assert "Traceback" in caplog.text
 
 
+INTERRUPTED_IN_EXEC = """
+import sys
+from types import SimpleNamespace
+from megatron_a3po.__main__ import main
+interrupted = SimpleNamespace(run=lambda arguments: exec("raise KeyboardInterrupt"))
+sys.modules["megatron_a3po.trainer.commands.doctor"] = interrupted
+sys.exit(main(["doctor"]))
+"""
+
+
+def test_an_interrupt_while_a_module_makes_its_classes_ends_with_its_code(tmp_path: Path):
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED_IN_EXEC)
+    path = f"{tmp_path}:{Path(__file__).parent.parent}"
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"], env=os.environ | {"PYTHONPATH": path}, check=False
+    )
+    assert done.returncode == 130  # not -2, which is death by the signal
+
+
 def test_problems_are_lines_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     end_with(monkeypatch, ConfigError(["one.", "two."]))
     assert capsys.readouterr() == ("", "one.\ntwo.\n")
