@@ -72,8 +72,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
-    # `-k` deselects in a call of its own, and what it leaves out was not asked for.
-    if all(item.get_closest_marker("slow") for item in items):
+    # `-k` deselects in a call of its own, and what it leaves out was not asked for; `--last-failed` may leave out none.
+    if items and all(item.get_closest_marker("slow") for item in items):
         items[0].config.stash[NUM_SLOW] = len(items)
 
 

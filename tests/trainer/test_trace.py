@@ -128,7 +128,8 @@ def test_memory_of_every_kind_of_process_is_measured(run_dir: Path) -> None:
     rows = read_metrics(run_dir)
     for name in ("memory/rank_bytes", "memory/rollout_bytes"):
         values = [row[name] for row in rows]
-        assert values == sorted(values)  # a peak
+        # A peak; the kernel counts per core, and what it adds up may be some pages off.
+        assert all(later > 0.99 * earlier for earlier, later in pairwise(values))
         assert 5e7 < values[0] < 5e10
 
 
