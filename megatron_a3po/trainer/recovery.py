@@ -161,7 +161,8 @@ def claim(config: Config, beginning: Beginning, held: ExitStack) -> tuple[Attemp
         raise ConfigError(
             f"run_dir is {run_dir}, where another start has just finished the run; run again to see how"
         )
-    put_back(run_dir / "checkpoints")
+    for folder in (run_dir, run_dir / "checkpoints"):
+        put_back(folder)
     for unfinished in (run_dir / "checkpoints").glob("*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
     if checkpoints_of(run_dir)[-1:] != beginning.newest:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_a3po.config.tokenizer_files import TOKENIZER_FILES
 from megatron_a3po.errors import OutputError
-from megatron_a3po.weights.aside import aside_of, close_aside, drop_aside, noting, open_aside
+from megatron_a3po.weights.aside import aside_of, close_aside, drop_aside, make_durable, noting, open_aside
 from megatron_a3po.weights.families import Table
 from megatron_a3po.weights.manifest import write_manifest
 from megatron_a3po.weights.safetensors_file import Announced, SafetensorsFile, split_by_size
@@ -119,6 +119,7 @@ def _finish(
     )
     if checksums is not None:
         write_manifest(aside, FORMAT, checksums)
+        make_durable(aside)
     close_aside(directory)
 
 

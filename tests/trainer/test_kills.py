@@ -12,14 +12,20 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from megatron_a3po.config import load_config
+from megatron_a3po.trainer import recovery
 from megatron_a3po.trainer.batch import batch_path
 from megatron_a3po.trainer.recording import read_metrics
+from megatron_a3po.weights import aside
+from megatron_a3po.weights.hugging_face import FORMAT as WEIGHTS_FORMAT
+from megatron_a3po.weights.manifest import damage
 from tests.trainer import command
 from tests.trainer.replay import Replays, exported, identical, logs_of, without_times
 from tests.trainer.test_asynchronous import GROUPS, Task, num_rows, repeatable
@@ -102,6 +108,47 @@ def test_a_warm_start_is_done_once(replays: Replays) -> None:
     assert (run_dir / "warm_start" / "metrics.jsonl").read_text() == done
     assert without_times(rows) == without_times(straight[0])
     assert identical(weights, straight[1])
+
+
+def killed_between_the_renames(name: str) -> Callable[[], None]:
+    """Of what is replaced, on a file system that cannot exchange names."""
+
+    def before() -> None:
+        aside.RENAME_EXCHANGE = 1 << 20  # which no file system knows
+        rename = Path.rename
+
+        def killed_after(self: Path, target: "str | os.PathLike[str]") -> Path:
+            renamed = rename(self, target)
+            if self.name == name:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return renamed
+
+        Path.rename = killed_after
+
+    return before
+
+
+def test_a_kill_between_the_renames_of_a_directory_of_weights(replays: Replays) -> None:
+    """The export and the reference, both there already: the next start gives the old one its name again, then writes
+    its own."""
+    name, run_dir = "replaced", replays.folder / "replaced"
+    argv = replays.argv(name, "trainer.steps=1", "actor.kl_coef=0.5")
+    first = replays.run(name, *argv[3:])
+    (run_dir / "summary.json").unlink()  # as if killed before it was written
+    config = load_config(replays.config, argv[2:])
+    for replaced in ("reference", "export"):
+        ended = command.fork(
+            replays.folder / "out" / name, *argv, before=killed_between_the_renames(replaced)
+        ).wait()
+        assert ended.code == 3, ended.output
+        assert not (run_dir / replaced).exists()
+        with ExitStack() as held:
+            recovery.claim(config, recovery.begin(config, "auto"), held)
+            assert damage(run_dir / replaced, WEIGHTS_FORMAT) is None
+    again = replays.run(name, *argv[3:])
+    assert without_times(again[0]) == without_times(first[0])
+    assert identical(again[1], first[1])
+    assert not list(run_dir.glob("*.tmp"))
 
 
 STEP_OF = {"a step": 3, "a name": 4}  # in which it pauses; the checkpoint is of step 3
