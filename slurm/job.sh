@@ -77,13 +77,13 @@ begin() {
     plan=$(sed -n "s/^run_dir: //p" "$LOGS/plan.yaml")
     RUN_DIR=${plan//[\'\"]/}
     BEGAN_AT=$(completed_steps)
-    if ((ATTEMPT > 1)); then take_over; fi
     say "begins on $SLURM_JOB_NODELIST at step $BEGAN_AT of $RUN_DIR; logs in $LOGS"
     # A node failure ends an attempt without a word, so attempts are counted when they begin.
     if (($(fruitless "$BEGAN_AT") >= MAX_ATTEMPTS)); then
         finish 3 "$MAX_ATTEMPTS attempts in a row have completed no step after $BEGAN_AT: needs a person"
     fi
     echo "$BEGAN_AT" >>"$JOB_LOGS/attempts"
+    if ((ATTEMPT > 1)); then take_over; fi
 }
 
 # A node that was cut off may still run the attempt before, which Slurm has given up: it stops before this one begins.
@@ -93,7 +93,11 @@ take_over() {
         "$PYTHON" -m megatron_a3po.trainer.take_over "$RUN_DIR" || status=$?
     cat "$LOGS/take-over.log"
     if [[ -n $ASKED ]]; then after 75 "stopped before it began"; fi
-    if ((status)); then finish 3 "the attempt before has not stopped: needs a person"; fi
+    case $status in
+        0) ;;
+        3) finish 3 "the attempt before has not stopped: needs a person" ;;
+        *) after "$status" "taking over from the attempt before: $(words "$status")" ;;
+    esac
 }
 
 # How far the run has ever come; steps that are done again are no progress.

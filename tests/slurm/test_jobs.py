@@ -121,12 +121,15 @@ def test_one_node_that_is_told_to_end_saves_and_ends(site: Site) -> None:
 
 
 def test_a_job_that_never_completes_a_step_stops_for_a_person(site: Site) -> None:
-    """Tasks that die at once, three attempts long."""
-    python = site.program("python-that-dies", PASS_OVER + "kill -9 $$\n")
+    """Three attempts long: tasks that die at once, and once already the step that takes over."""
+    dies = 'case "$SLURM_RESTART_COUNT $*" in "1 "*take_over*) kill -9 $$ ;; esac\n'
+    python = site.program("python-that-dies", dies + PASS_OVER + "kill -9 $$\n")
     job = site.submit("crash-loop", A3PO_PYTHON=python)
     assert job.wait() == ("FAILED", 3), job.said()
     assert job.restarts == 2
     assert job.output().count("begins on") == 3
+    assert "taking over from the attempt before: a task was ended by signal 9; continues" in job.output()
+    assert "has not stopped" not in job.output()
     assert "3 attempts in a row have completed no step after 0: needs a person" in job.output()
     assert "FAILED: needs a person" in doctor(site, job)
 
