@@ -4,64 +4,23 @@ import json
 import os
 import re
 import signal
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from megatron_a3po.algorithm.metric_table import TABLE
-from megatron_a3po.trainer.batch import batch_path, load_batch
 from megatron_a3po.trainer.recording import read_metrics
-from tests.run_files import write_rows
 from tests.trainer import command
-from tests.trainer.replay import exported, identical, logs_of, write_tiny_model
+from tests.trainer.replay import exported, identical, logs_of
+from tests.trainer.task import GROUPS, STEPS, Task, num_rows
 
-GROUPS, SAMPLES = 4, 4
-STEPS = 12
-# What a row says of the clock, beside time/*.
 # What only a run with vLLM servers says, or with a GPU.
 ELSEWHERE = ("publish/", *(() if torch.cuda.is_available() else ("memory/device_bytes",)))
+# What a row says of the clock, beside time/*.
 OF_THE_CLOCK = ("rollout/tokens_per_s", "rollout/idle_s", "rollout/sampled_while_training", "attempt")
-
-
-class Task:
-    """A folder with a model, sums to do and a configuration; each `run` is the production command on it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        write_tiny_model(folder / "model")
-        sums = [{"prompt": f"{i}+{j}=", "answer": str(i + j)} for i in range(9) for j in range(9)]
-        sums = [{**row, "response": f"{row['answer']} :{row['answer']}"} for row in sums]
-        write_rows(folder / "train.jsonl", sums[:-8])
-        write_rows(folder / "held_out.jsonl", sums[-8:])
-        self.config = folder / "task.yaml"
-        self.config.write_text(yaml.safe_dump(self._sections()))
-
-    def _sections(self) -> dict[str, Any]:
-        return {
-            "model": {"hf_path": f"{self.folder}/model"},
-            "data": {"train": f"{self.folder}/train.jsonl", "max_prompt_tokens": 16},
-            "reward": {"type": "function", "path": "tests.trainer.rewards:any_response"},
-            "actor": {"prox_logp_method": "loglinear", "lr": 1e-3, "max_tokens_per_micro_batch": 512},
-            "rollout": {"samples_per_prompt": SAMPLES, "max_response_tokens": 24},
-            "trainer": {"steps": STEPS, "prompts_per_step": GROUPS, "dump_batches": True},
-        }
-
-    def start(self, name: str, *overrides: str) -> command.Command:
-        argv = ["train", str(self.config), f"run_dir={self.folder / name}", *overrides]
-        return command.fork(self.folder / "out" / name, *argv)
-
-    def run(self, name: str, *overrides: str) -> list[dict[str, Any]]:
-        """The rows of a run that must succeed."""
-        ended = self.start(name, *overrides).wait()
-        assert ended.code == 0, ended.output + logs_of(self.folder / name)
-        return read_metrics(self.folder / name)
-
-    def batch(self, name: str, step: int) -> Any:
-        return load_batch(batch_path(self.folder / name / "batches", step))
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +33,6 @@ def repeatable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k not in OF_THE_CLOCK}
         for row in rows
     ]
-
-
-def num_rows(run_dir: Path) -> int:
-    file = run_dir / "metrics.jsonl"
-    return file.read_bytes().count(b"\n") if file.is_file() else 0
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +166,7 @@ def test_a_stopped_run_loses_no_prompt_and_trains_none_twice(task: Task) -> None
     assert running.wait().code == 75
     rows = task.run("cursor", *overrides)
     assert [row["version"] for row in rows] == list(range(6))
-    trained = [g.prompt_index for step in range(1, 7) for g in task.batch("cursor", step).groups]
-    assert trained == list(range(6 * GROUPS))
+    assert list(chain.from_iterable(task.trained("cursor", 6))) == list(range(6 * GROUPS))
 
 
 def test_nothing_outlives_the_command(task: Task) -> None:

@@ -9,48 +9,16 @@ import asyncio
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from megatron_a3po.trainer.recording import read_metrics
-from tests.rollout.tiny import tiny_tokenizer
-from tests.run_files import write_rows
-from tests.trainer import command
 from tests.trainer.replay import logs_of
-from tests.trainer.test_asynchronous import num_rows
+from tests.trainer.task import Task, num_rows, write_model_for_vllm
 from tests.trainer.test_kills import newest_checkpoint
-from tests.vllm_server import VllmServer, write_version
+from tests.vllm_server import VllmServer
 
 SAVE_EVERY = 4
-
-
-def write_task(folder: Path, server: VllmServer) -> Path:
-    write_version(folder / "model", 0)
-    tiny_tokenizer().save_pretrained(folder / "model")
-    write_rows(
-        folder / "train.jsonl", [{"prompt": f"{i}+{j}=", "answer": "1"} for i in range(9) for j in range(9)]
-    )
-    (folder / "token").write_text(server.token)
-    (folder / "token").chmod(0o600)
-    config: dict[str, Any] = {
-        "model": {"hf_path": f"{folder}/model"},
-        "data": {"train": f"{folder}/train.jsonl", "max_prompt_tokens": 16},
-        "reward": {"type": "function", "path": "tests.rollout.test_process:random_reward"},
-        "actor": {"prox_logp_method": "loglinear", "lr": 1e-3, "max_tokens_per_micro_batch": 512},
-        "rollout": {
-            "engine": "vllm",
-            "servers": [server.url],
-            "token_file": f"{folder}/token",
-            "samples_per_prompt": 4,
-            "max_response_tokens": 24,
-            "max_staleness": 0,
-        },
-        "trainer": {"steps": 1000, "prompts_per_step": 4, "save_every": SAVE_EVERY},
-    }
-    (folder / "task.yaml").write_text(yaml.safe_dump(config))
-    return folder / "task.yaml"
 
 
 async def label(server: VllmServer) -> str:
@@ -62,9 +30,21 @@ async def label(server: VllmServer) -> str:
 
 
 def test_no_token_of_an_abandoned_attempt_is_trained(vllm_server: VllmServer, tmp_path: Path) -> None:
-    config, run_dir = write_task(tmp_path, vllm_server), tmp_path / "run"
-    argv = ["train", str(config), f"run_dir={run_dir}"]
-    first = command.fork(tmp_path / "out", *argv)
+    (tmp_path / "token").write_text(vllm_server.token)
+    task = Task(
+        tmp_path,
+        write_model_for_vllm,
+        reward={"path": "tests.rollout.test_process:random_reward"},
+        rollout={
+            "engine": "vllm",
+            "servers": [vllm_server.url],
+            "token_file": f"{tmp_path}/token",
+            "max_staleness": 0,
+        },
+        trainer={"steps": 1000, "save_every": SAVE_EVERY},
+    )
+    run_dir = tmp_path / "run"
+    first = task.start("run")
     first.wait_for(lambda: num_rows(run_dir) == newest_checkpoint(run_dir) + 3 > 3, timeout_s=400)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
@@ -72,7 +52,7 @@ def test_no_token_of_an_abandoned_attempt_is_trained(vllm_server: VllmServer, tm
     checkpoint, num_before = newest_checkpoint(run_dir), num_rows(run_dir)
     assert num_before > checkpoint
 
-    again = command.fork(tmp_path / "out", *argv)
+    again = task.start("run")
     again.wait_for(lambda: num_rows(run_dir) >= num_before + 2, timeout_s=400)
 
     assert asyncio.run(label(vllm_server)).startswith("2.")

@@ -7,7 +7,8 @@ import pytest
 
 from megatron_a3po.rollout.workflow import Episode
 from tests.trainer.replay import exported, identical
-from tests.trainer.test_asynchronous import Task, repeatable
+from tests.trainer.task import Task
+from tests.trainer.test_asynchronous import repeatable
 from tests.trainer.test_shown import samples_of
 
 GIVEN = "1+1="

@@ -19,7 +19,7 @@ from megatron_a3po.trainer.recording import read_metrics
 from megatron_a3po.trainer.report.page import page
 from megatron_a3po.trainer.report.past import read_past
 from megatron_a3po.trainer.trace import lanes, trace_of
-from tests.trainer.test_asynchronous import Task
+from tests.trainer.task import Task
 from tests.trainer.wandb_files import history, needs_wandb
 
 FIRST, LAST = 3, 8
