@@ -2,8 +2,8 @@
 
 Every call becomes a message; a thread reads the answers. A process that dies is started anew where the ledger knows it
 was, and asked again what it had not answered. What it says itself that it cannot go on from, and a second death in one
-step, end every call that waits, and every later one, with an error: RewardError, InputError or RolloutError, the remote
-traceback in the text. No torch here. The process is `child.py`'s, what is known of it `ledger.py`'s.
+step, end every call that waits, and every later one, with an error: one of KNOWN, or a RolloutError with the
+remote traceback in its text. No torch here. The process is `child.py`'s, what is known of it `ledger.py`'s.
 """
 
 import itertools
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # The errors that mean the same on both sides.
 KNOWN: Mapping[str, type[A3POError]] = {
-    name: getattr(errors, name) for name in ("ConfigError", "InputError", "RewardError")
+    name: getattr(errors, name) for name in ("ConfigError", "InputError", "RewardError", "FencedError")
 }
 
 

@@ -17,7 +17,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from megatron_a3po.errors import A3POError, RewardError, ServersGone
+from megatron_a3po.errors import A3POError, FencedError, RewardError, ServersGone
 from megatron_a3po.logs import set_up_logs
 from megatron_a3po.rollout.messages import Answer, Failure, Request, Start, Stop
 
@@ -109,8 +109,10 @@ def _end(connection: Connection, error: BaseException) -> int:
         return 0
     trace = "".join(traceback.format_exception(error))
     logger.critical("ended by an error:\n%s", trace)
-    # A reward's own traceback is in its error already, and bad input needs none.
-    known = isinstance(error, A3POError) and (isinstance(error, RewardError) or error.exit_code == 2)
+    # A reward's own traceback is in its error already, and what is a sentence needs none.
+    known = isinstance(error, A3POError) and (
+        isinstance(error, RewardError | FencedError) or error.exit_code == 2
+    )
     with contextlib.suppress(OSError):
         connection.send(Failure(type(error).__name__, str(error) if known else trace))
     return 1

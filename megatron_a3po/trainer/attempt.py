@@ -10,6 +10,7 @@ write the same file. Next: `recovery.py`, which decides what an attempt goes on 
 import fcntl
 import json
 import os
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from megatron_a3po.environment import node_name
 from megatron_a3po.errors import ConfigError, FencedError
 from megatron_a3po.weights.aside import write_aside
 
-FOLDER = "attempts"  # <n>: who made attempt n
+FOLDER = "attempts"  # <n>: who made attempt n, and when
 NEWEST = "attempt"  # its number
 
 
@@ -85,7 +86,7 @@ def _make(file: Path) -> bool:
     """False where it is there already."""
     try:
         with file.open("x") as opened:
-            json.dump({"node": node_name(), "pid": os.getpid()}, opened)
+            json.dump({"node": node_name(), "pid": os.getpid(), "begun": time.time_ns()}, opened)
     except FileExistsError:
         return False
     return True

@@ -8,6 +8,7 @@ Servers and updates are in `rollout/vllm/`, which version is served when in `rol
 """
 
 import asyncio
+import hashlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -248,9 +249,10 @@ def find_launched_or_given(
     token = (
         None if rollout.token_file is None else Path(rollout.token_file).read_text(encoding="ascii").strip()
     )
+    run = name_of_run(run_dir)
 
     def connect_with_token(url: str) -> Server:
-        return connect(config, url, token, attempt)
+        return connect(config, url, token, run, attempt)
 
     if rollout.servers_file is not None:
         return Registrations(Path(rollout.servers_file), connect_with_token, rollout.timeout_s).find
@@ -266,7 +268,13 @@ def find_launched_or_given(
     return the_same
 
 
-def connect(config: Config, url: str, token: str | None, attempt: int) -> Server:
+def name_of_run(run_dir: Path) -> str:
+    """What servers know a run by, whatever its directory is called by now: who made its first attempt, and when."""
+    first = run_dir / "attempts" / "1"
+    return hashlib.sha256(first.read_bytes()).hexdigest()[:16] if first.is_file() else ""
+
+
+def connect(config: Config, url: str, token: str | None, run: str, attempt: int) -> Server:
     rollout = config.rollout
     return Server(
         url,
@@ -274,6 +282,7 @@ def connect(config: Config, url: str, token: str | None, attempt: int) -> Server
         on_update=rollout.update_mode,
         timeout_s=rollout.timeout_s,
         is_staged=rollout.is_staged,
+        run=run,
         attempt=attempt,
     )
 
@@ -285,4 +294,5 @@ def launched_places(config: Config, run_dir: Path, attempt: int) -> list[Place]:
     token = new_token_file(token_file)
     launch = launch_of(config, token_file, rollout.launch, on_cpu=not torch.cuda.is_available())
     logs = (run_dir / "logs" / f"vllm-{number}.log" for number in range(rollout.launch))
-    return [LaunchedPlace(launch, log, lambda url: connect(config, url, token, attempt)) for log in logs]
+    run = name_of_run(run_dir)
+    return [LaunchedPlace(launch, log, lambda url: connect(config, url, token, run, attempt)) for log in logs]

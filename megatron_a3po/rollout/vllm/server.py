@@ -1,7 +1,7 @@
 """One vLLM server over HTTP: a segment generated, new weights taken, what it says of itself. `fleet.py` has them all.
 
 Every failure is a ServerError, whatever its kind: who asked goes elsewhere, and the fleet looks after the server. Only
-what a person must mend is a ConfigError.
+what a person must mend is a ConfigError, and a FencedError that a later attempt has the server.
 """
 
 import asyncio
@@ -19,17 +19,19 @@ import httpx2
 import numpy as np
 
 from megatron_a3po.config import ModelShape, read_model_shape
-from megatron_a3po.errors import ConfigError, RolloutError
+from megatron_a3po.errors import ConfigError, FencedError, RolloutError
 from megatron_a3po.rollout.engines.base import SampleRequest
 from megatron_a3po.rollout.vllm.wire import (
     BACKEND,
     GENERATE,
+    NEWEST_ATTEMPT,
     STAGING,
     Rejected,
     Segment,
     ServerError,
     TimedOut,
     Unreachable,
+    attempt_header,
     generate_body,
     label_of,
     read_segment,
@@ -85,6 +87,7 @@ class Server:
         on_update: OnUpdate,
         timeout_s: float,
         is_staged: bool = False,
+        run: str = "",
         attempt: int = 1,
     ) -> None:
         self.url = url.rstrip("/")
@@ -104,7 +107,8 @@ class Server:
         self._pause = PAUSES[on_update]
         self._http = httpx2.AsyncClient(
             base_url=self.url,
-            headers={} if token is None else {"Authorization": f"Bearer {token}"},
+            headers=({} if token is None else {"Authorization": f"Bearer {token}"})
+            | attempt_header(run, attempt),
             timeout=httpx2.Timeout(timeout_s, connect=QUICK_S),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
             transport=httpx2.AsyncHTTPTransport(retries=CONNECTION_ATTEMPTS),
@@ -299,6 +303,11 @@ class Server:
                 raise ConfigError(
                     f"the vLLM server {self.url} refuses {path} with HTTP {answer.status_code}: name the file with its "
                     "bearer token in rollout.token_file, and start it with --enable-scale-out."
+                )
+            if (newest := answer.headers.get(NEWEST_ATTEMPT)) is not None:
+                raise FencedError(
+                    f"attempt {self._attempt} is fenced off: the vLLM server {self.url} takes orders of attempt "
+                    f"{newest}, which goes on with this run; see that this one's other processes are gone"
                 )
             if not answer.is_success:
                 kind = Rejected if answer.status_code in REJECTIONS else ServerError

@@ -21,6 +21,7 @@ BACKEND = "a3po"
 STAGING = "a3po_vllm.staging.Staging"
 # What vLLM writes for a log-prob of minus infinity or NaN, JSON having neither.
 NO_LOGP = -9999.0
+NEWEST_ATTEMPT = "a3po-newest-attempt"  # of an answer that refuses a lower one: plugin/a3po_vllm/fence.py
 
 
 class ServerError(Exception):
@@ -58,6 +59,11 @@ class Segment:
 def label_of(attempt: int, version: int) -> str:
     """What a server calls weights: two attempts at a run may make different ones of the same version."""
     return f"{attempt}.{version}"
+
+
+def attempt_header(run: str, attempt: int) -> dict[str, str]:
+    """Who asks, as `plugin/a3po_vllm/fence.py` reads it; nothing where the run has no name."""
+    return {"a3po-attempt": f"{run} {attempt}"} if run else {}
 
 
 def version_of(label: Any, attempt: int) -> int:

@@ -1,13 +1,16 @@
 """Every route of a server asks for the bearer token: vLLM's own `--api-key` leaves the control routes open.
 
 Added by `--middleware a3po_vllm.access.BearerToken`; the token is the content of the file that A3PO_VLLM_TOKEN_FILE
-names. Deny by default: what is not an HTTP request with the token gets no further, whatever its path.
+names. Deny by default: what is not an HTTP request with the token gets no further, whatever its path. What has it gets
+to `fence.py`.
 """
 
 import hmac
 import os
 from pathlib import Path
 from typing import Any
+
+from a3po_vllm.fence import Fence
 
 TOKEN_FILE = "A3PO_VLLM_TOKEN_FILE"
 
@@ -16,7 +19,7 @@ class BearerToken:
     """An ASGI middleware. A server without a readable, non-empty token file does not start."""
 
     def __init__(self, app: Any) -> None:
-        self.app = app
+        self.app = Fence(app)
         token = Path(os.environ[TOKEN_FILE]).read_text(encoding="ascii").strip()
         if not token:
             raise ValueError(f"{os.environ[TOKEN_FILE]} is empty: it must hold the bearer token.")
