@@ -17,6 +17,7 @@ from tests.rollout.test_decoder import TOLERANCE, plain_logps
 from tests.rollout.tiny import tiny_model
 
 LONG = 400
+ENDLESS = 100_000  # tokens: longer than this process is ever kept from going on; closing ends it
 
 
 def engine_of(directory: Path, version: int = 0) -> LocalEngine:
@@ -29,20 +30,26 @@ def long_request(index: int = 0, *, greedy: bool = False, length: int = LONG) ->
     return SampleRequest(index, 0, np.array([3, 12, 4, 13], np.int32), length, 1.0, greedy)
 
 
+async def has_sampled(engine: LocalEngine, since: float = 0.0) -> None:
+    """Until it has sampled something to train on."""
+    while not engine.sampled_between(since, time.monotonic()):
+        await asyncio.sleep(0.001)
+
+
 def test_an_update_mid_response_has_an_exact_boundary(versions: list[Path]):
     async def run() -> Sample:
         engine = engine_of(versions[0])
-        generating = asyncio.create_task(engine.generate([long_request()]))
-        while not engine.sampled_between(0, time.monotonic()):
-            await asyncio.sleep(0.001)
+        generating = asyncio.create_task(engine.generate([long_request(length=ENDLESS)]))
+        await has_sampled(engine)
         assert await engine.update_weights(1, versions[1]) == engine.version == 1
-        (sample,) = await generating
+        await has_sampled(engine, time.monotonic())
         await engine.close()
+        (sample,) = await generating
         return sample
 
     sample = asyncio.run(run())
     boundary = int((sample.versions == 0).sum())
-    assert 0 < boundary < LONG
+    assert 0 < boundary < len(sample.tokens)
     assert (np.diff(sample.versions) >= 0).all()
     old, new = (plain_logps(tiny_model(seed), long_request(), sample) for seed in (0, 1))
     np.testing.assert_allclose(sample.logps[:boundary], old[:boundary], atol=10 * TOLERANCE, rtol=0)
@@ -65,18 +72,18 @@ def test_the_newest_weights_win_and_never_an_older_one(versions: list[Path]):
 def test_an_evaluation_keeps_its_weights_and_pauses_nobody(versions: list[Path]):
     async def run() -> tuple[list[Sample], list[Sample], int]:
         engine = engine_of(versions[0])
-        training = asyncio.create_task(engine.generate([long_request(i) for i in range(4)]))
         evaluation = asyncio.create_task(
             engine.generate([long_request(i, greedy=True, length=200) for i in range(10)])
         )
-        await asyncio.sleep(0.02)
-        before = engine.sampled_between(0, time.monotonic())
+        training = asyncio.create_task(engine.generate([long_request(i, length=ENDLESS) for i in range(4)]))
+        await has_sampled(engine)  # and so the evaluation has begun too
         await engine.update_weights(1, versions[1])
+        updated = time.monotonic()
         evaluated = await evaluation
-        sampled_meanwhile = engine.sampled_between(0, time.monotonic()) - before
-        trained = await training
+        sampled_meanwhile = engine.sampled_between(0, time.monotonic())
+        await has_sampled(engine, updated)
         await engine.close()
-        return trained, evaluated, sampled_meanwhile
+        return await training, evaluated, sampled_meanwhile
 
     trained, evaluated, sampled_meanwhile = asyncio.run(run())
     assert {int(version) for sample in evaluated for version in sample.versions} == {0}
@@ -135,8 +142,8 @@ def test_what_ends_the_thread_reaches_everybody_who_waits(versions: list[Path]):
 def test_closing_ends_what_is_unfinished_as_aborted(versions: list[Path]):
     async def run() -> Sample:
         engine = engine_of(versions[0])
-        generating = asyncio.create_task(engine.generate([long_request()]))
-        await asyncio.sleep(0.05)
+        generating = asyncio.create_task(engine.generate([long_request(length=ENDLESS)]))
+        await has_sampled(engine)
         await engine.close()
         (sample,) = await generating
         with pytest.raises(RolloutError, match="closed"):
@@ -145,7 +152,7 @@ def test_closing_ends_what_is_unfinished_as_aborted(versions: list[Path]):
 
     sample = asyncio.run(run())
     assert sample.finish_reason == "abort"
-    assert len(sample.tokens) < LONG
+    assert 0 < len(sample.tokens) < ENDLESS
 
 
 def test_sampled_between_counts_the_tokens_of_an_interval(versions: list[Path]):
