@@ -22,7 +22,7 @@ from megatron_a3po.lifetime import end_with_parent
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 PACKAGES = "munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins"
 SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"  # daemons live where an ordinary user's PATH does not lead
-START_S, PATIENCE_S = 30.0, 300.0
+START_S, PATIENCE_S = 300.0, 900.0  # of a busy machine; what is waited for comes in seconds
 LAST_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 NUM_CPUS, MEMORY_MB = 8, 4000  # of an emulated node, whatever the machine has
 
@@ -53,16 +53,19 @@ SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=0,bf
 SlurmdParameters=config_overrides
 SlurmctldParameters=node_reg_mem_percent=1
 ReturnToService=2
-SlurmctldTimeout=30
-SlurmdTimeout=5
-KillWait={kill_wait_s}
+SlurmctldTimeout=300
+SlurmdTimeout=300
+MessageTimeout=100
+TCPTimeout=60
+BatchStartTimeout=300
+KillWait=60
 MinJobAge=3600
 JobRequeue=1
 FirstJobId={first_job}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=60
+PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=300
 PartitionName=urgent Nodes=ALL MaxTime=60 State=UP PriorityTier=2 PreemptMode=OFF
 """
 
@@ -76,13 +79,13 @@ def missing_slurm() -> str | None:
 class Cluster:
     """Made by `start`; `stop` leaves nothing behind. Use `running` for both."""
 
-    def __init__(self, num_nodes: int, kill_wait_s: int) -> None:
+    def __init__(self, num_nodes: int) -> None:
         # Not pytest's folder: the path of a socket has a limit of 108 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.nodes = [f"n{index}" for index in range(num_nodes)]
         self.configuration = self.folder / "slurm.conf"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self._configure(kill_wait_s)
+        self._configure()
 
     def start(self) -> None:
         """Every daemon, and wait until every node is idle."""
@@ -195,7 +198,7 @@ class Cluster:
                 preexec_fn=end_with_parent,  # also where this process is killed
             )
 
-    def _configure(self, kill_wait_s: int) -> None:
+    def _configure(self) -> None:
         controller_port, *ports = _free_ports(1 + len(self.nodes))
         host = socket.gethostname()
         lines = [
@@ -216,7 +219,6 @@ class Cluster:
                 # Ports are made of it, and clusters may stand side by side.
                 first_job=os.getpid() % 100_000 * 10 + 1,
                 folder=self.folder,
-                kill_wait_s=kill_wait_s,
                 nodes="\n".join(lines),
             )
         )
@@ -229,9 +231,9 @@ class Job:
         self.cluster, self.number = cluster, number
 
     def fields(self) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """What `scontrol show job` says, of a heterogeneous job that of its first component."""
         text = self.cluster.command("scontrol", "show", "job", "-o", str(self.number))
-        return dict(re.findall(r"(\S+?)=(\S*)", text))
+        return dict(re.findall(r"(\S+?)=(\S*)", text.partition("\n")[0]))
 
     @property
     def state(self) -> str:
@@ -290,9 +292,9 @@ class Job:
 
 
 @contextlib.contextmanager
-def running(num_nodes: int, kill_wait_s: int = 3) -> Iterator[Cluster]:
+def running(num_nodes: int) -> Iterator[Cluster]:
     """A cluster, from its first daemon to its last."""
-    cluster = Cluster(num_nodes, kill_wait_s)
+    cluster = Cluster(num_nodes)
     try:
         cluster.start()
         yield cluster

@@ -10,7 +10,7 @@ import yaml
 from megatron_a3po.trainer.batch import batch_path
 from tests.slurm import cluster
 from tests.slurm.cluster import Cluster
-from tests.slurm.site import EVERY, ROOT, STEPS, Site
+from tests.slurm.site import EVERY, HELD, ROOT, STEPS, Site
 from tests.trainer.replay import Replays
 
 NUM_NODES = 3
@@ -39,12 +39,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Replays:
     return replays
 
 
+PYTHON = """#!/bin/sh
+case "$*" in
+    *--dry-run*) ;;
+    "-m megatron_a3po train "*) shift 2; exec {python} -m tests.trainer.held {held} megatron_a3po "$@" ;;
+esac
+exec {python} "$@"
+"""
+
+
 @pytest.fixture(scope="session")
 def variables(runs: Replays) -> dict[str, str]:
-    """What the scripts of `slurm/` take from their environment."""
+    """What the scripts of `slurm/` take from their environment; the first attempt of a job waits in its middle."""
+    python = runs.folder / "python"
+    python.write_text(PYTHON.format(python=sys.executable, held=HELD))
+    python.chmod(0o755)
     return {
         "A3PO_HOME": str(ROOT),
-        "A3PO_PYTHON": sys.executable,
+        "A3PO_PYTHON": str(python),
         "A3PO_LOGS": str(runs.folder / "logs"),
         "A3PO_PREFLIGHT": "0",
         "PYTHONPATH": f"{runs.folder}:{ROOT}",

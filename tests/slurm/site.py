@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.slurm.cluster import Cluster, Job, command_line_of, variables_of, wait_for
+from tests.slurm.cluster import PATIENCE_S, Cluster, Job, command_line_of, variables_of, wait_for
+from tests.trainer.held import GOES_ON
 from tests.trainer.replay import Replays, Rows, Weights, identical, logs_of, without_times
 from tests.trainer.test_resume import num_rows
 
@@ -11,7 +12,10 @@ ROOT = Path(__file__).parent.parent.parent
 STEPS, EVERY = 40, 10
 TP2 = ["actor.tensor_model_parallel_size=2"]
 TP2_PP2 = [*TP2, "actor.pipeline_model_parallel_size=2"]
-MIDDLE = EVERY + 2
+MIDDLE, HELD = (
+    EVERY + 2,
+    2 * EVERY,
+)  # a first attempt goes no further until it is told to stop, or that it `goes_on`
 
 
 class Site:
@@ -62,7 +66,7 @@ class Site:
             and "-m a3po_vllm " in command_line_of(pid)
         ]
 
-    def wait(self, condition: Callable[[], bool], job: Job, timeout_s: float = 120.0) -> None:
+    def wait(self, condition: Callable[[], bool], job: Job, timeout_s: float = PATIENCE_S) -> None:
         """Until `condition` holds, whatever becomes of the job."""
         wait_for(condition, "something beside a job", job.said, timeout_s)
 
@@ -86,6 +90,10 @@ def in_the_middle(job: Job, run_dir: Path) -> None:
     job.wait_for(
         lambda: num_rows(run_dir) >= MIDDLE and first.is_dir(), "a step after the first checkpoint, and that"
     )
+
+
+def goes_on(run_dir: Path) -> None:
+    (run_dir / GOES_ON).touch()
 
 
 def doctor(site: Site, job: Job) -> str:

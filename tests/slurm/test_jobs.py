@@ -1,12 +1,15 @@
 """The scripts of `slurm/` on a real Slurm: jobs that are stopped, lose a node or their tasks, and continue."""
 
 import os
+import re
 import signal
+import subprocess
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.slurm.site import EVERY, MIDDLE, STEPS, TP2, TP2_PP2, Site, doctor, in_the_middle
+from megatron_a3po.trainer.slurm_job import STATES
+from tests.slurm.site import EVERY, MIDDLE, STEPS, TP2, TP2_PP2, Site, doctor, goes_on, in_the_middle
 from tests.trainer.replay import Replays, Rows, Weights, identical, logs_of, without_times
 from tests.trainer.test_resume import num_rows, step_of
 
@@ -86,6 +89,7 @@ def test_a_job_whose_task_is_killed_goes_on(site: Site, straight) -> None:
     in_the_middle(job, site.runs.folder / "task-killed")
     for pid in job.tasks("n1"):
         os.kill(pid, signal.SIGKILL)
+    goes_on(site.runs.folder / "task-killed")
     attempts = site.has_continued(job, "task-killed", straight[2])
     assert EVERY <= attempts.count(1) < STEPS
     assert "a task was ended by signal 9; continues as attempt 2" in job.output()
@@ -184,6 +188,36 @@ def test_doctor_says_what_a_job_sees(site: Site) -> None:
     assert "2, of which this is 1: train takes each as one rank" in said
     assert "RUNNING: is under way" in said
     assert "not possible: this is no batch job" in said
+
+
+def test_every_state_that_slurm_knows_is_said_in_words(site: Site) -> None:
+    done = subprocess.run(
+        ["squeue", "--states=nonsense"],
+        env=site.slurm.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (known,) = re.findall(r"Valid job states include: (\S+)", done.stderr)
+    assert len(known.split(",")) > 20
+    assert {*known.split(",")} <= STATES.keys()
+
+
+def test_a_job_that_may_not_be_requeued_and_one_that_is_held(site: Site) -> None:
+    script = site.runs.folder / "sleeps.sbatch"
+    script.write_text("#!/bin/sh\nsleep 1000\n")
+    lost = site.slurm.submit(script, "--nodelist=n2", "--no-requeue", "--output=/dev/null")
+    held = site.slurm.submit(script, "--nodelist=n1", "--output=/dev/null")
+    site.wait(lambda: lost.state == held.state == "RUNNING", lost)
+    site.slurm.lose_node("n2")
+    try:
+        assert lost.wait()[0] == "NODE_FAIL"
+        assert "NODE_FAIL: lost a node and may not be requeued" in doctor(site, lost)
+        site.slurm.command("scontrol", "requeuehold", "State=SpecialExit", str(held.number))
+        assert "SPECIAL_EXIT: was requeued and is held, by its exit code" in doctor(site, held)
+    finally:
+        held.cancel()
+        site.slurm.return_node("n2")
 
 
 @pytest.mark.slow
