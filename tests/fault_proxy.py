@@ -103,6 +103,7 @@ class FaultProxy:
 
     async def _forward(self, call: Call) -> Answer:
         headers = {name: value for name, value in call.headers.items() if name in PASSED_ON}
+        headers["connection"] = "close"  # the server ends one on which it answered an error, sooner or later
         answer = await self._http.request(call.method, call.path, headers=headers, content=call.body)
         return Answer(answer.status_code, answer.content)
 

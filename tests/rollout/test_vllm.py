@@ -5,8 +5,6 @@ versions have nothing in common, so a wrong label, a stale cache or a weight tha
 """
 
 import asyncio
-import os
-import signal
 import stat
 import subprocess
 import sys
@@ -22,7 +20,7 @@ import torch
 from megatron_a3po.errors import RolloutError
 from megatron_a3po.rollout.engines.base import Sample, SampleRequest
 from megatron_a3po.rollout.engines.vllm import VllmEngine
-from megatron_a3po.rollout.vllm.places import LaunchedPlace, new_token_file
+from megatron_a3po.rollout.vllm.places import new_token_file
 from tests.vllm_server import EOS_ID, MAX_TOKENS, ROOT, VllmServer, read_model
 
 TOLERANCE = 1e-4
@@ -253,8 +251,10 @@ def test_a_lost_connection_loses_neither_prompt_nor_confirmed_segment(vllm_serve
                 await asyncio.sleep(0.1)
             requests = [request(index, 200) for index in range(12)]
             whole = await engine.generate(requests)
+            (cut,) = (server for server in engine._fleet.serving if server.url.endswith(f":{port}"))
             generating = asyncio.create_task(engine.generate(requests))
-            await asyncio.sleep(0.3)
+            while not cut.tokens_in_flight:
+                await asyncio.sleep(0)
             proxy.close()
             for pipe in pipes:
                 pipe.close()
@@ -275,31 +275,22 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     writer.close()
 
 
-def test_a_killed_server_comes_back_with_the_current_weights(vllm_server: VllmServer, tmp_path: Path):
-    """It is launched again by itself, its engine process is gone with it, and what it was asked is answered."""
+def test_an_update_that_was_begun_and_never_ended_is_no_hindrance(vllm_server: VllmServer):
+    """As a trainer leaves it that is killed meanwhile. Some times over: the server ends a connection that it has
+    answered an error on, sooner or later."""
 
     async def run():
-        launched = LaunchedPlace(vllm_server.launch, tmp_path / "vllm.log", vllm_server.connect)
-        async with vllm_server.engine(places=[launched], eos=False, segment_tokens=60) as engine:
-            await engine.generate([request(0, 8)])
-            await engine.update_weights(1, vllm_server.versions[1])
-            generating = asyncio.create_task(engine.generate([request(index, 300) for index in range(4)]))
-            await asyncio.sleep(0.5)
-            assert launched.pid is not None
-            killed = [launched.pid, *session_of(launched.pid)]
-            os.kill(launched.pid, signal.SIGKILL)
-            samples = await generating
-            last = launched.pid
-            return killed, samples, session_of(last), last
+        samples: list[Sample] = []
+        for _ in range(5):
+            abandoned = vllm_server.connect(vllm_server.url)
+            await abandoned.begin_update()
+            await abandoned.close()
+            async with vllm_server.engine() as engine:
+                samples += await engine.generate([request(0, 8)])
+        return samples
 
-    killed, samples, others, last = asyncio.run(run())
-    assert len(killed) > 2
-    assert len(others) > 1
-    for leader in (killed[0], last):
-        wait_until(lambda leader=leader: not session_of(leader), "nothing of the server is left")
-    for index, sample in enumerate(samples):
-        assert (sample.versions == 1).all()
-        assert distance(vllm_server, request(index, 300), sample).max() < TOLERANCE
+    for sample in asyncio.run(run()):
+        assert distance(vllm_server, request(0, 8), sample).max() < TOLERANCE
 
 
 def test_a_server_ends_with_the_process_that_launched_it(vllm_server: VllmServer, tmp_path: Path):
@@ -353,17 +344,18 @@ def session_of(leader: int) -> list[int]:
     return found
 
 
-@pytest.mark.slow
 def test_a_model_of_another_shape_ends_the_run(vllm_server: VllmServer, tmp_path: Path):
-    """On a server of its own: one that failed an update is not to be used again."""
+    """The server is none the worse for it."""
     other = read_model(vllm_server.versions[0])
     other.resize_token_embeddings(48, mean_resizing=False)
     other.save_pretrained(tmp_path / "other")
 
     async def run():
-        launched = LaunchedPlace(vllm_server.launch, tmp_path / "vllm.log", vllm_server.connect)
-        async with vllm_server.engine(places=[launched], directory=tmp_path / "other", fails=True) as engine:
-            await engine.failed()
+        async with vllm_server.engine(directory=tmp_path / "other", fails=True) as engine:
+            with pytest.raises(RolloutError, match="cannot serve the model"):
+                await engine.failed()
+        async with vllm_server.engine() as engine:
+            return await engine.generate([request(0, 8)])
 
-    with pytest.raises(RolloutError, match="cannot serve the model"):
-        asyncio.run(run())
+    (sample,) = asyncio.run(run())
+    assert distance(vllm_server, request(0, 8), sample).max() < TOLERANCE

@@ -49,6 +49,8 @@ CONNECTION_ATTEMPTS = 2
 STAGING_POLL_S = 0.05
 STEERED_S = 120.0  # for what is done between two steps of generation
 REJECTIONS = (400, 413, 422)
+# vLLM ends a connection on which it answered an error, maybe while the next request is on its way.
+LAST_ON_IT = {"Connection": "close"}
 SIZES = (
     "model_type",
     "num_layers",
@@ -199,7 +201,7 @@ class Server:
         self.version = None
         await self._call("POST", "/pause", params=self._pause, timeout=STEERED_S)
         try:
-            await self._call("POST", "/start_weight_update", timeout=STEERED_S)
+            await self._call("POST", "/start_weight_update", headers=LAST_ON_IT, timeout=STEERED_S)
         except ServerError as error:
             if "already" not in str(error):
                 raise
@@ -215,7 +217,12 @@ class Server:
         return (await self._call("POST", "/collective_rpc", json=body, timeout=STEERED_S))["results"]
 
     async def check_health(self) -> None:
-        await self._call("GET", "/health", timeout=QUICK_S)
+        try:
+            await self._call("GET", "/health", timeout=QUICK_S)
+        except TimedOut:
+            raise
+        except Unreachable:  # maybe only a connection that was ending, see LAST_ON_IT
+            await self._call("GET", "/health", timeout=QUICK_S)
 
     async def label(self) -> str:
         """What it calls its weights: vLLM's own word until the first update."""
