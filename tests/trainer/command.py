@@ -25,7 +25,8 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID")
-LEFT_BEHIND_S = 8.0  # the rollout process looks for its parent once a second
+PATIENCE_S = 900.0  # on a busy machine; what is waited for comes in seconds
+LEFT_BEHIND_S = 60.0  # the rollout process looks for its parent once a second
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Command:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
         """Until `condition` holds; an AssertionError with the command's output if it ends or hangs before."""
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -62,7 +63,7 @@ class Command:
                 raise AssertionError(f"waited in vain:\n{self.said()}")
             time.sleep(0.02)
 
-    def wait(self, timeout_s: float = 180.0) -> Ended:
+    def wait(self, timeout_s: float = PATIENCE_S) -> Ended:
         """Its end; nothing of it may still run then."""
         deadline = time.monotonic() + timeout_s
         while not self.ended() and time.monotonic() < deadline:
@@ -144,7 +145,7 @@ def spawn(folder: Path, *argv: str, program: tuple[str, ...] = ("-m", "megatron_
     return Command(process.pid, output)
 
 
-def run(folder: Path, *argv: str, timeout_s: float = 180.0) -> Ended:
+def run(folder: Path, *argv: str, timeout_s: float = PATIENCE_S) -> Ended:
     """A forked command from start to end."""
     return fork(folder, *argv).wait(timeout_s)
 

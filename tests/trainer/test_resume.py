@@ -11,6 +11,7 @@ import pytest
 from megatron_a3po.trainer.batch import batch_path
 from tests.trainer import command
 from tests.trainer.checkpoints import read_plain, read_tensors
+from tests.trainer.held import GOES_ON, hold_before
 from tests.trainer.replay import Replays, Rows, Weights, exported, identical, logs_of, without_times
 
 STEPS, EVERY = 12, 3
@@ -87,7 +88,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
     name = f"stopped-{number.name}"
     run_dir = replays.folder / name
     argv = replays.argv(name, *overrides(batches, layout))
-    running = command.fork(replays.folder / "out" / name, *argv)
+    running = command.fork(replays.folder / "out" / name, *argv, before=hold_before(6))
     running.wait_for(lambda: num_rows(run_dir) >= 5)
     if number == signal.SIGINT:
         os.killpg(running.pid, number)  # as a terminal does it
@@ -234,13 +235,13 @@ def test_a_damaged_checkpoint_is_passed_over(replays: Replays, batches: Path, st
 def test_a_second_interrupt_ends_it_at_once(replays: Replays, batches: Path) -> None:
     run_dir = replays.folder / "interrupted"
     argv = replays.argv("interrupted", *overrides(batches, "TP 2, PP 2"))
-    running = command.fork(replays.folder / "out" / "interrupted", *argv)
+    running = command.fork(replays.folder / "out" / "interrupted", *argv, before=hold_before(6, deaf=True))
     running.wait_for(lambda: num_rows(run_dir) >= 1)
     assert len(running.members()) >= 5
     os.killpg(running.pid, signal.SIGINT)
     running.wait_for(lambda: "ctrl-C again ends the run at once" in running.said())
     os.killpg(running.pid, signal.SIGINT)
-    ended = running.wait(timeout_s=10)
+    ended = running.wait()
     assert ended.code == 130, ended.output
     assert "Traceback" not in ended.output
 
@@ -249,13 +250,13 @@ def test_a_second_interrupt_ends_it_at_once(replays: Replays, batches: Path) -> 
 def test_a_killed_process_takes_the_others_with_it(replays: Replays, batches: Path, victim: str) -> None:
     name = f"killed-{victim}".replace(" ", "-")
     run_dir = replays.folder / name
-    running = command.fork(
-        replays.folder / "out" / name, *replays.argv(name, *overrides(batches, "TP 2, PP 2"))
-    )
+    argv = replays.argv(name, *overrides(batches, "TP 2, PP 2"))
+    running = command.fork(replays.folder / "out" / name, *argv, before=hold_before(6))
     running.wait_for(lambda: num_rows(run_dir) >= 1)
     rank = max(pid for pid in running.members() if pid != running.pid)
     os.kill(running.pid if victim == "the command" else rank, signal.SIGKILL)
-    ended = running.wait(timeout_s=30)  # which looks for what is left behind
+    (run_dir / GOES_ON).touch()
+    ended = running.wait()  # which looks for what is left behind
     if victim == "a rank":
         assert ended.code == 3, ended.output
         assert "signal 9" in ended.output
@@ -269,7 +270,8 @@ def test_a_killed_process_takes_the_others_with_it(replays: Replays, batches: Pa
 def test_the_real_command_answers_a_signal_with_75(replays: Replays, batches: Path) -> None:
     run_dir = replays.folder / "real"
     argv = replays.argv("real", *overrides(batches, "DP 2"))
-    running = command.spawn(replays.folder / "out" / "real", *argv)
+    program = ("-m", "tests.trainer.held", "6", "megatron_a3po")
+    running = command.spawn(replays.folder / "out" / "real", *argv, program=program)
     running.wait_for(lambda: num_rows(run_dir) >= 2)
     running.signal(signal.SIGTERM)
     assert running.wait().code == 75

@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from megatron_a3po.actor.actor import Actor
 from megatron_a3po.actor.optimizer import Schedule
 from megatron_a3po.actor.snapshot import HostMemory
 from megatron_a3po.config import Config
+from megatron_a3po.trainer import saving as trainer_saving
 from megatron_a3po.trainer.attempt import Attempt
 from megatron_a3po.trainer.recovery import latest_checkpoint
 from megatron_a3po.trainer.saving import Saving
@@ -25,6 +27,7 @@ from megatron_a3po.vocab_parallel.policy_objective import supervised_objective
 from tests.actor.ranks import on_actors, random_sequences
 from tests.trainer.checkpoints import read_tensors
 from tests.trainer.replay import Replays
+from tests.trainer.task import Task, num_rows
 
 SIZE = 8 << 20
 
@@ -177,6 +180,27 @@ def test_the_copy_is_of_its_moment_though_training_goes_on(replays: Replays, tmp
     forwarded = threading.Event()
     on_actors(save, replays.folder / "model")
     assert names(run_dir) == ["step-2", "step-4", "step-5"]
+
+
+def test_steps_and_rollouts_go_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """The checkpoint of step 4 gets its name once three further steps are done, on samples of newer weights."""
+    task, run_dir = Task(tmp_path), tmp_path / "beside"
+
+    def slow_disk() -> None:
+        def until_steps_are_done(point: str) -> None:
+            while point == "before_rename" and num_rows(run_dir) < 7:
+                time.sleep(0.02)
+
+        trainer_saving.kill_point = until_steps_are_done
+
+    switches = ["trainer.steps=8", "trainer.save_every=4", "rollout.max_staleness=1"]
+    ended = task.start("beside", *switches, before=slow_disk).wait()
+    assert ended.code == 0, ended.output
+    assert num_rows(run_dir) == 8
+    newest = max(
+        int(t.versions.max()) for group in task.batch("beside", 7).groups for t in group.trajectories
+    )
+    assert newest >= 5, "sampled with what was published after step 4"
 
 
 @pytest.mark.parametrize(

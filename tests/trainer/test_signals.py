@@ -2,10 +2,15 @@
 
 import re
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_a3po.lifetime import StopWish
+from megatron_a3po.trainer import worker
 from tests.trainer import command
 from tests.trainer.replay import Replays, identical, without_times
 from tests.trainer.test_resume import num_rows
@@ -45,11 +50,30 @@ def test_a_second_interrupt_before_torch_is_there_ends_it_at_once(replays: Repla
     assert "Traceback" not in ended.output
 
 
+def hold_the_warm_start() -> None:
+    """Its third step waits to be told to stop."""
+    steps = worker.warm_start
+    wishes: list[StopWish] = []
+    listening = StopWish.listening
+
+    def heard() -> StopWish:
+        wishes.append(listening())
+        return wishes[0]
+
+    def held(*arguments: Any) -> Iterator[Any]:
+        for step, metrics in steps(*arguments):
+            yield step, metrics
+            while step == 3 and not wishes[0].wished:
+                time.sleep(0.02)
+
+    worker.warm_start, StopWish.listening = held, heard
+
+
 def test_a_run_stopped_in_its_warm_start_begins_it_anew(replays: Replays) -> None:
     straight_rows, straight_weights = replays.run("warm-straight", *WARM_START)
     warm_start = replays.folder / "warm-stopped" / "warm_start"
     argv = replays.argv("warm-stopped", *WARM_START)
-    running = command.fork(replays.folder / "out" / "warm-stopped", *argv)
+    running = command.fork(replays.folder / "out" / "warm-stopped", *argv, before=hold_the_warm_start)
     running.wait_for(lambda: num_rows(warm_start) >= 3)
     running.signal(signal.SIGUSR1)
     ended = running.wait()

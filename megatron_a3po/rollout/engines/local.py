@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_a3po.errors import RolloutError
+from megatron_a3po.lifetime import kill_point
 from megatron_a3po.rollout.engines.base import Sample, SampleRequest
 from megatron_a3po.rollout.engines.decoder import Decoder, Finished
 from megatron_a3po.rollout.engines.weight_files import check_weights, copy_weights, read_weights
@@ -116,6 +117,7 @@ class LocalEngine:
     async def update_weights(self, version: int, directory: Path) -> int:
         self._raise_if_failed()
         tensors = await asyncio.to_thread(read_weights, directory)
+        kill_point("taking")
         check_weights(self._model, tensors, directory)
         in_use = self._promise()
         with self._wake:
