@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,6 +62,10 @@ class Opened:
 class Source(Protocol):
     async def open(self, servers: Sequence[Server]) -> Opened: ...
 
+    async def give_up(self) -> None:
+        """A server has failed: what is sent to it breaks for all, now rather than after a time."""
+        ...
+
     async def why_broken(self) -> str:
         """Once the sending side has nothing more to do: nothing, or why."""
         ...
@@ -75,6 +80,9 @@ class FilesSource:
         return Opened(
             self._version, num_bytes, {server: {"directory": str(self._directory)} for server in servers}
         )
+
+    async def give_up(self) -> None:
+        pass
 
     async def why_broken(self) -> str:
         return ""
@@ -108,6 +116,11 @@ class CollectiveSource:
             },
             answer["channel"]["timeout_s"],
         )
+
+    async def give_up(self) -> None:
+        assert self._transfer is not None
+        with suppress(RuntimeError):  # a trainer's end that is gone needs no word
+            await asyncio.to_thread(self._transfer.give_up)
 
     async def why_broken(self) -> str:
         assert self._transfer is not None
@@ -165,11 +178,14 @@ async def _take(servers: Sequence[Server], source: Source, updated: Updated) -> 
 async def _receive(opened: Opened, source: Source, failed: dict[Server, Failure]) -> str:
     """All at once. Why the transfer is broken, or nothing. Once the trainer's end of it is done, whether it broke or
     not, a server that hangs is not waited for."""
+
+    async def receive(server: Server) -> None:
+        await _noting(server, server.receive(opened.told[server]), failed)
+        if server in failed:
+            await source.give_up()
+
     async with asyncio.TaskGroup() as tasks:
-        receiving = {
-            server: tasks.create_task(_noting(server, server.receive(told), failed))
-            for server, told in opened.told.items()
-        }
+        receiving = {server: tasks.create_task(receive(server)) for server in opened.told}
         if why := await source.why_broken():
             logger.warning("a transfer of weights to %d vLLM servers is broken: %s", len(receiving), why)
         if opened.channel_s:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_a3po.environment import LOCALHOST
 from megatron_a3po.weights.aside import close_aside, open_aside
+from megatron_a3po.weights.transports.channel import close_channel
 
 OFFER = "offer.json"
 LONG = datetime.timedelta(days=30)  # the sending side has time limits of its own
@@ -49,23 +50,31 @@ class Transfer:
         timeout_s: float,
     ) -> None:
         """members: a name for each server, another one for each of its lives. address: of this machine, for them."""
-        self._store = TCPStore(
-            LOCALHOST,
-            offer.port,
-            is_master=False,
-            wait_for_workers=False,
-            timeout=datetime.timedelta(seconds=timeout_s),
-        )
+        self._port = offer.port
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        self._store = self._connect()
+        self._channel_name: str | None = None
         self._number = self._store.add("transfers", 1)
         request = {"members": list(members), "num_workers": num_workers, "address": address}
         self._store.set(f"request/{self._number}", json.dumps(request))
 
     def answer(self) -> dict[str, Any]:
         """Which version it will be, how to join and how the bytes are laid out."""
-        return json.loads(self._store.get(f"answer/{self._number}"))
+        answer = json.loads(self._store.get(f"answer/{self._number}"))
+        self._channel_name = answer["channel"]["name"]
+        return answer
+
+    def give_up(self) -> None:
+        """Once there is an answer: a member has failed, so that the others wait in vain."""
+        assert self._channel_name is not None
+        store = self._connect()  # the other one may be waiting
+        close_channel(PrefixStore(self._channel_name, store))
 
     def why_broken(self) -> str:
         """Once all has been sent or given up: nothing, or why."""
         outcome = f"outcome/{self._number}"
         self._store.wait([outcome], LONG)
         return self._store.get(outcome).decode()
+
+    def _connect(self) -> TCPStore:
+        return TCPStore(LOCALHOST, self._port, is_master=False, wait_for_workers=False, timeout=self._timeout)

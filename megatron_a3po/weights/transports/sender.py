@@ -72,7 +72,7 @@ class Sender:
         """Why it is broken; nothing where it is not."""
         members = request["members"]
         with self._held.reading() as (version, buckets):
-            if self._channel is None or self._channel[0] != members:
+            if self._channel is None or self._channel[0] != members or self._channel[1].is_closed():
                 self._drop_channel()
                 # A server may have outlived another trainer, and has a channel of that one.
                 name = f"channel/{number}-{secrets.token_hex(4)}"
