@@ -35,30 +35,44 @@ import http.server, json, sys, torch
 from contextlib import closing
 from types import SimpleNamespace
 from a3po_vllm.receiving import Receiver
-from a3po_vllm.staging import StagedUpdate, Staging
-
-receiver = Receiver(0, torch.device("cpu"))
-worker = Staging()
-worker.weight_transfer_engine = SimpleNamespace(staged=StagedUpdate(receiver))
-asked, loaded = [], {}
+from a3po_vllm.staging import Kept, StagedUpdate, Staging
 
 def sums(tensors):
     return {name: tensor.double().sum().item() for name, tensor in tensors}
 
+def load(buckets):
+    for tensors in buckets:
+        if "refuse" in sys.argv:
+            raise ValueError("of another shape")
+        loaded.update(sums(tensors))
+
+def deny():
+    global taken
+    if taken == max_taken:
+        raise ValueError("not now")
+    taken += 1
+
+taken, max_taken = 0, next((int(one) for one in sys.argv if one.isdigit()), -1)
+asked, loaded, room = [], {}, Kept(load)
+receiver = Receiver(0, torch.device("cpu"))
+staged = StagedUpdate(receiver, lambda: room)
+worker = Staging()
+worker.weight_transfer_engine = SimpleNamespace(staged=staged)
+
 def act(path, body):
     if path == "/update_weights":
-        source = body["update_info"]["source"]
-        staged = worker.weight_transfer_engine.staged
-        with closing(receiver.buckets(source) if source else staged.tensors()) as buckets:
-            for tensors in buckets:
-                if "refuse" in sys.argv:
-                    raise ValueError("of another shape")
-                loaded.update(sums(tensors))
+        if source := body["update_info"]["source"]:
+            deny()
+            with closing(receiver.buckets(source)) as buckets:
+                load(buckets)
+        else:
+            staged.place()
     if path == "/collective_rpc":
+        if body["method"] == "stage_weights":
+            deny()
         return {"results": [getattr(worker, body["method"])(*body["args"])]}
     if path == "/shown":
-        staged = worker.weight_transfer_engine.staged
-        return {"asked": asked, "loaded": loaded, "staged": sums(list(staged._memory.items()))}
+        return {"asked": asked, "loaded": loaded, "staged": sums(list(room._memory.items()))}
     return {}
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -105,25 +119,27 @@ class StandIn:
         self.process.stdout.close()
 
 
-def weights(version: int) -> list[tuple[str, torch.Tensor]]:
-    return [(f"tensor {number}", torch.full((50, 10), version + number / 8)) for number in range(8)]
+def weights(version: int, rows: int = 50) -> list[tuple[str, torch.Tensor]]:
+    return [(f"tensor {number}", torch.full((rows, 10), version + number / 8)) for number in range(8)]
 
 
 def checksums(version: int) -> dict[str, float]:
     return {name: tensor.double().sum().item() for name, tensor in weights(version)}
 
 
-def export(version: int, half_way: threading.Event, go_on: threading.Event) -> Export:
+def export(
+    tensors: list[tuple[str, torch.Tensor]], half_way: threading.Event, go_on: threading.Event
+) -> Export:
     """The second half of the tensors comes when it is asked for."""
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
-        for number, pair in enumerate(weights(version)):
+        for number, pair in enumerate(tensors):
             if number == 4:
                 half_way.set()
                 go_on.wait()
             yield pair
 
-    announced = [Announced(name, tuple(tensor.shape), tensor.dtype) for name, tensor in weights(version)]
+    announced = [Announced(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
     assert dist.group.WORLD is not None
     return Export(stream(), announced, Path(), dist.group.WORLD, dist.group.WORLD)
 
@@ -131,19 +147,18 @@ def export(version: int, half_way: threading.Event, go_on: threading.Event) -> E
 class Publisher:
     """A trainer of one rank. What happens in the middle of a transfer is the caller's."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, rows: int = 50, timeout_s: float = CHANNEL_S) -> None:
         self.transport = CollectiveTransport(
-            torch.device("cpu"), bucket_bytes=2000, loopback_only=True, timeout_s=CHANNEL_S
+            torch.device("cpu"), bucket_bytes=2000, loopback_only=True, timeout_s=timeout_s
         )
-        self._folder = folder
+        self._folder, self._rows = folder, rows
 
     async def publish(self, version: int, servers: list[Server], in_between: Any = None) -> Updated:
         directory = self._folder / f"version-{version}"
         half_way, go_on, announced = threading.Event(), threading.Event(), threading.Event()
+        exported = export(weights(version, self._rows), half_way, go_on)
         publishing = asyncio.create_task(
-            asyncio.to_thread(
-                self.transport.publish, export(version, half_way, go_on), version, directory, announced.set
-            )
+            asyncio.to_thread(self.transport.publish, exported, version, directory, announced.set)
         )
         await asyncio.to_thread(announced.wait)
         updating = asyncio.create_task(update_servers(servers, version, directory))
@@ -231,3 +246,42 @@ def test_who_fails_is_out_and_the_rest_have_the_weights(tmp_path: Path, is_stage
             asyncio.run(run())
 
         run_ranks(make_and_play, 1, timeout_s=LOADED_S)
+
+
+@pytest.mark.parametrize("is_staged", [False, True])
+def test_a_transfer_that_a_server_refuses_is_over_at_once(tmp_path: Path, is_staged: bool):
+    """One refuses before it meets the sender, alone and beside another; one when they have met, where the bytes are too
+    many to go unread. A member would wait for as long as the whole test may take."""
+
+    async def run(never: Server, once: Server, sound: Server) -> None:
+        publisher = Publisher(tmp_path, rows=200_000, timeout_s=2 * LOADED_S)
+        try:
+            updated = await publisher.publish(1, [never])
+            assert "not now" in str(updated.failed[never])
+            updated = await publisher.publish(2, [never, sound])
+            assert list(updated.failed) == [never]
+            assert sound.version == 2
+            assert (await publisher.publish(3, [once])).failed == {}
+            for version in (4, 5):
+                updated = await publisher.publish(version, [once])
+                assert "not now" in str(updated.failed[once])
+        finally:
+            publisher.transport.close()
+
+    async def make_and_run() -> None:
+        servers = [
+            Server(url, token=None, on_update="keep_kv", timeout_s=2 * LOADED_S, is_staged=is_staged)
+            for url in urls
+        ]
+        try:
+            await run(*servers)
+        finally:
+            for server in servers:
+                await server.close()
+
+    with ExitStack() as stack:
+        stand_ins = [StandIn("0"), StandIn("1"), StandIn()]
+        for one in stand_ins:
+            stack.callback(one.end)
+        urls = [one.url() for one in stand_ins]
+        run_ranks(lambda rank, world_size: asyncio.run(make_and_run()), 1, timeout_s=LOADED_S)

@@ -29,6 +29,13 @@ POLL_S = 0.5
 STOP_S = 5.0
 LAST_LINES = 15
 UNLABELLED = "default"
+# Of the GNU C library: memory that is free again is kept. Otherwise each update on a CPU fetches that of a model anew
+# from the system, page by page, which takes longer than to fill it.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_ARENA_MAX": "1",  # for all threads
+}
 
 
 class Place(Protocol):
@@ -132,7 +139,7 @@ class Launch:
             "OMP_NUM_THREADS": str(self.num_threads),
         }
         if self.on_cpu:
-            changes |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+            changes |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | KEEP_MEMORY
         return changes
 
 

@@ -46,7 +46,7 @@ OnUpdate = Literal["recompute_kv", "keep_kv", "restart"]
 OLDEST = (0, 32)
 QUICK_S = 30.0  # a healthy server on a busy machine takes seconds
 CONNECTION_ATTEMPTS = 2
-STAGING_POLL_S = 0.05
+STAGING_POLL_S, STAGING_POLL_SHARE = 0.01, 0.02  # at least, and of the time it has taken
 STEERED_S = 120.0  # for what is done between two steps of generation
 REJECTIONS = (400, 413, 422)
 # vLLM ends a connection on which it answered an error, maybe while the next request is on its way.
@@ -177,11 +177,12 @@ class Server:
         if not self.is_staged:
             await self._call("POST", "/update_weights", json=update_body(source))
             return
+        begun = time.monotonic()
         await self._ask_workers("stage_weights", json.dumps(source))
         while (states := set(await self._ask_workers("staged_weights"))) != {"there"}:
             if failed := states - {"there", "receiving"}:
                 raise ServerError(f"it could not receive weights: {', '.join(sorted(failed))}")
-            await asyncio.sleep(STAGING_POLL_S)
+            await asyncio.sleep(max(STAGING_POLL_S, STAGING_POLL_SHARE * (time.monotonic() - begun)))
 
     async def finish_update(self, version: int) -> None:
         """Go on with what was received."""

@@ -1,14 +1,15 @@
-"""New weights are received into host memory while the worker generates; to load them is then a matter of a copy.
+"""New weights are received while the worker generates; to put them in place is then a matter of a copy.
 
-`StagedUpdate` is one model in memory, filled by a thread of its own and used again every time. `Staging` is the
-worker extension by which the trainer's side starts it and asks how far it is (`--worker-extension-cls`): vLLM's own
-weight-transfer calls stop generation for as long as they take.
+`StagedUpdate` receives, on a thread of its own, into a `Room`. `Staging` is the worker extension by which the trainer's
+side starts it and asks how far it is (`--worker-extension-cls`): vLLM's own weight-transfer calls stop generation for
+as long as they take. No vLLM here; `shadow.py` is the room of most models.
 """
 
 import json
 import threading
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from typing import Any, Protocol
 
 import torch
 
@@ -30,43 +31,34 @@ class Staging:
         return self.weight_transfer_engine.staged.state
 
 
-class StagedUpdate:
-    """State changes on the thread alone, from `receiving` to what it ends with."""
+class Room(Protocol):
+    """Memory for one model beside that which generates, used again every time."""
 
-    def __init__(self, receiver: Receiver) -> None:
-        self._receiver = receiver
+    def fill(self, buckets: Iterable[NamedTensors]) -> None: ...
+
+    def place(self) -> None:
+        """What it was filled with becomes the model's, which stands still."""
+        ...
+
+
+class Kept:
+    """The tensors as they came, in host memory; to place them is to load them."""
+
+    def __init__(self, load: Callable[[Iterable[NamedTensors]], None]) -> None:
+        self._load = load
         self._memory: dict[str, torch.Tensor] = {}
-        self._thread: threading.Thread | None = None
-        self.state = "nothing was asked for"
 
-    def begin(self, source: dict[str, Any]) -> None:
-        if self._thread is not None:
-            self._thread.join()  # of an update that broke; its channel's time limit ends it
-        self.state = "receiving"
-        self._thread = threading.Thread(
-            target=self._receive, args=(source,), name="staged weights", daemon=True
-        )
-        self._thread.start()
-
-    def tensors(self) -> Generator[NamedTensors, None, None]:
-        """What has been received."""
-        if self.state != "there":
-            raise RuntimeError(f"weights were to be loaded that are not there: {self.state}")
-        yield list(self._memory.items())
-
-    def _receive(self, source: dict[str, Any]) -> None:
+    def fill(self, buckets: Iterable[NamedTensors]) -> None:
         received = set()
-        try:
-            for bucket in self._receiver.buckets(source):
-                for name, tensor in bucket:
-                    self._keep(name, tensor)
-                    received.add(name)
-            for name in self._memory.keys() - received:
-                del self._memory[name]
-        except Exception as error:  # told to whoever asks
-            self.state = f"{type(error).__name__}: {error}"
-        else:
-            self.state = "there"
+        for bucket in buckets:
+            for name, tensor in bucket:
+                self._keep(name, tensor)
+                received.add(name)
+        for name in self._memory.keys() - received:
+            del self._memory[name]
+
+    def place(self) -> None:
+        self._load([list(self._memory.items())])
 
     def _keep(self, name: str, tensor: torch.Tensor) -> None:
         kept = self._memory.get(name)
@@ -74,3 +66,39 @@ class StagedUpdate:
             kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
             self._memory[name] = kept
         kept.copy_(tensor)
+
+
+class StagedUpdate:
+    """State changes on the thread alone, from `receiving` to what it ends with."""
+
+    def __init__(self, receiver: Receiver, make_room: Callable[[], Room]) -> None:
+        self._receiver = receiver
+        self._make_room = make_room
+        self._room: Room | None = None
+        self._thread: threading.Thread | None = None
+        self.state = "nothing was asked for"
+
+    def begin(self, source: dict[str, Any]) -> None:
+        if self._thread is not None:
+            self._thread.join()  # of an update that broke; its channel's time limit ends it
+        self._room = self._room or self._make_room()
+        self.state = "receiving"
+        self._thread = threading.Thread(
+            target=self._receive, args=(source, self._room), name="staged weights", daemon=True
+        )
+        self._thread.start()
+
+    def place(self) -> None:
+        if self._room is None or self.state != "there":
+            raise RuntimeError(f"weights were to be loaded that are not there: {self.state}")
+        self._room.place()
+
+    def _receive(self, source: dict[str, Any], room: Room) -> None:
+        try:
+            # Others that receive the same need not wait for one that fails.
+            with torch.no_grad(), closing(self._receiver.buckets(source)) as buckets:
+                room.fill(buckets)
+        except Exception as error:  # told to whoever asks
+            self.state = f"{type(error).__name__}: {error}"
+        else:
+            self.state = "there"
