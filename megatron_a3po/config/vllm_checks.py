@@ -98,16 +98,17 @@ def _urls(servers: list[str] | None) -> Iterator[Problem]:
     for url in servers or ():
         if not is_url(url):
             yield Problem(
-                key, f"rollout.servers has {shown(url)}, which is no URL such as http://10.0.0.5:8000."
+                key, f"rollout.servers has {shown(url)}, which is no URL such as http://10.0.0.5:8000, without a path."
             )
-    if len(set(servers or ())) < len(servers or ()):
+    if len({url.rstrip("/") for url in servers or ()}) < len(servers or ()):
         yield Problem(key, "rollout.servers names a server twice: give each once.")
 
 
 def is_url(text: str) -> bool:
     try:
         parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 80) > 0
+        bare = parts.path in ("", "/") and not parts.query and parts.username is None
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 80) > 0 and bare
     except ValueError:
         return False
 

@@ -148,11 +148,12 @@ class Rounds:
         self._num_running = num_episodes
         self._lockstep = lockstep
         self._is_first = True
+        self.engine_error: Exception | None = None
         self._waiting: list[tuple[Episode, SampleRequest, asyncio.Future[Sample]]] = []
 
     async def ask(self, episode: Episode, request: SampleRequest) -> Sample:
         if not (self._is_first or self._lockstep):
-            return (await self._generate([request]))[0]
+            return (await self._ask_engine([request]))[0]
         answer: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
         self._waiting.append((episode, request, answer))
         await self._go_if_complete()
@@ -171,14 +172,26 @@ class Rounds:
         waiting = sorted(self._waiting, key=lambda one: (one[0].prompt.index, one[0].number))
         self._waiting = []
         try:
-            samples = await self._generate([request for _, request, _ in waiting])
-        except BaseException:
+            samples = await self._ask_engine([request for _, request, _ in waiting])
+        except Exception as error:  # every episode learns of it by its own answer
+            for _, _, answer in waiting:
+                if not answer.done():
+                    answer.set_exception(error)
+            return
+        except asyncio.CancelledError:
             for _, _, answer in waiting:
                 answer.cancel()
             raise
         for (_, _, answer), sample in zip(waiting, samples, strict=True):
             if not answer.done():
                 answer.set_result(sample)
+
+    async def _ask_engine(self, requests: Sequence[SampleRequest]) -> Sequence[Sample]:
+        try:
+            return await self._generate(requests)
+        except Exception as error:
+            self.engine_error = error
+            raise
 
 
 class Stage:
@@ -208,23 +221,31 @@ class Stage:
                 episode.reward = await self._workflow(episode)
             if not episode.turns:
                 raise ValueError(f"the workflow generated nothing for prompt {episode.prompt.index}")
-        except RolloutError:
-            raise
-        except Exception as error:  # the user's own code
-            self._fail(error)
+        except (Exception, asyncio.CancelledError) as error:
+            if rounds.engine_error is not None:
+                raise rounds.engine_error from None
+            if _is_cancelled():
+                raise
+            self._fail(error)  # it is the user's own code
             return None
         finally:
             await rounds.leave()
         self._failures = 0
         return episode
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         self._failures += 1
         logger.warning("the workflow failed (%d in a row)", self._failures, exc_info=error)
         if self._failures >= MAX_FAILURES:
             raise RolloutError(
                 f"rollout.workflow failed {self._failures} times in a row, at last with {error!r}; see its traceback"
             ) from error
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody wants this task to end; a CancelledError may also come from within."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def load_workflow(path: str | None) -> Workflow:

@@ -340,7 +340,7 @@ def test_without_any_server_generation_waits_and_then_says_what_the_trouble_was(
                 await engine.generate([request(0, 1)])
                 await proxy.cut()
                 generating = asyncio.create_task(engine.generate([one]))
-                with pytest.raises(ServersGone, match=r"for 10 s \(rollout.server_timeout_s\); .*failed: "):
+                with pytest.raises(ServersGone, match=r"for 10 s \(rollout.server_timeout_s\): .*failed: "):
                     await engine.failed()
                 assert not generating.done()
 

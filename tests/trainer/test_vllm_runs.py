@@ -94,7 +94,7 @@ def test_a_run_whose_servers_are_gone_writes_a_checkpoint_and_goes_on_when_they_
         done = num_rows(run_dir)
         sentence = ended.output.splitlines()[-1]
         assert (
-            "no vLLM server has been there for 30 s (rollout.server_timeout_s); the last trouble: "
+            "no vLLM server has been there for 30 s (rollout.server_timeout_s): "
             in sentence
         )
         assert f"stopped after step {done} with a checkpoint: see to the servers, and run again" in sentence

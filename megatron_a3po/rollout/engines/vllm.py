@@ -78,6 +78,14 @@ class Response:
         )
 
 
+@dataclass
+class SharedPrefix:
+    """Of requests with the same prompt: where the last one went, and what all of them can come to."""
+
+    cached_at: Server | None = None
+    num_tokens: int = 0
+
+
 class VllmEngine:
     """Create it inside a running event loop."""
 
@@ -109,8 +117,11 @@ class VllmEngine:
         return self._fleet.version
 
     async def generate(self, requests: Sequence[SampleRequest]) -> list[Sample]:
-        cached_at: dict[int, Server] = {}  # by prompt
-        return list(await asyncio.gather(*(self._respond(request, cached_at) for request in requests)))
+        groups: dict[int, SharedPrefix] = {}
+        for request in requests:
+            group = groups.setdefault(request.prompt_index, SharedPrefix())
+            group.num_tokens += len(request.prompt_tokens) + request.max_response_tokens
+        return list(await asyncio.gather(*(self._respond(one, groups[one.prompt_index]) for one in requests)))
 
     def pinned(self) -> AbstractAsyncContextManager[int]:
         return self._fleet.hold()
@@ -166,7 +177,7 @@ class VllmEngine:
         await asyncio.gather(self._running, return_exceptions=True)
         await self._fleet.close()
 
-    async def _respond(self, request: SampleRequest, cached_at: dict[int, Server]) -> Sample:
+    async def _respond(self, request: SampleRequest, group: SharedPrefix) -> Sample:
         """Each segment where the one before went, a first one where the group's last went, if there is little between
         the servers: that one has the prefix in its cache."""
         response, near = Response(request, self._one_version), None
@@ -175,8 +186,8 @@ class VllmEngine:
                 if request.greedy:
                     server = await self._fleet.pick_held()
                 else:
-                    server = await self._fleet.pick(near or cached_at.get(request.prompt_index))
-                near = cached_at[request.prompt_index] = server
+                    server = await self._fleet.pick(near or group.cached_at, group.num_tokens)
+                near = group.cached_at = server
                 if (segment := await self._segment(server, response)) is not None:
                     response.add(segment)
         return response.sample()

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 HEALTH_EVERY_S = 5.0
 AGAIN_AFTER_S = 2.0
+AGAIN_AFTER_REFUSAL_S = 60.0  # a person must mend it
 FAILURES = 3  # in a row are no accident
 HELD_SHARE = 4  # one server of so many is held for an evaluation, one at least
 CLOSE = 1.25  # a cached prefix is worth so many times the tokens in flight of the idlest server
@@ -58,7 +59,7 @@ class Fleet:
         self._waiting: set[asyncio.Task[None]] = set()
         self.last_update: Updated | None = None
         self._changed = asyncio.Condition()
-        self._trouble = "none has answered yet"
+        self._trouble: dict[Place, str] = {}  # the last of each
 
     async def run(self) -> None:
         """Until cancelled. Errors: ServersGone once none has been there for the time of `rollout.server_timeout_s`;
@@ -104,15 +105,14 @@ class Fleet:
                 self._servers.pop(place, None)
                 await place.close()
 
-    async def pick(self, near: Server | None = None) -> Server:
-        """The server with the fewest tokens in flight, as soon as there is one; `near`, which has the prefix in its
-        cache, where that one is hardly idler."""
+    async def pick(self, near: Server | None = None, num_tokens: int = 0) -> Server:
+        """The server with the fewest tokens in flight, as soon as there is one; `near`, which has the prefix of a group
+        of `num_tokens` in its cache, where that one is idler by little more than the group."""
         await self._wait(lambda: bool(self._ready()))
         ready = self._ready()
         idlest = min(ready, key=lambda server: server.tokens_in_flight)
-        if near is not None and near in ready and near.tokens_in_flight <= CLOSE * idlest.tokens_in_flight:
-            return near
-        return idlest
+        enough = CLOSE * idlest.tokens_in_flight + num_tokens
+        return near if near in ready and near.tokens_in_flight <= enough else idlest
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[int]:
@@ -158,6 +158,12 @@ class Fleet:
     async def failed(self, server: Server, why: ServerError) -> None:
         """A request failed, and will be made again. The server is out where that was no accident: it took too long,
         fails one request after the other, or its health check too."""
+        if server not in self.serving:  # of requests that were under way together, one has seen to it
+            return
+        if (
+            isinstance(why, TimedOut) and server.version is None
+        ):  # it stands still, for which the update has limits
+            return
         trouble: ServerError | A3POError = why
         if not isinstance(why, TimedOut) and server.failures_in_a_row < FAILURES:
             try:
@@ -170,8 +176,10 @@ class Fleet:
         """No more work for this one; the task that tends it opens its place again."""
         if server in self.serving:
             self.serving.remove(server)
-            self._trouble = f"{server}: {why}"
             logger.warning("vLLM server %s is out: %s", server, why)
+            for place, its in self._servers.items():
+                if its is server:
+                    self._trouble[place] = str(why)
             await self._tell()
 
     async def update(self, version: int, directory: Path) -> int:
@@ -198,6 +206,7 @@ class Fleet:
     async def _take(self, servers: list[Server]) -> None:
         self.last_update = await update_servers(servers, *self._newest)
         for server, error in self.last_update.failed.items():
+            server.is_broken = True
             await self.evict(server, error)
 
     async def _tend(self, place: Place) -> None:
@@ -207,24 +216,24 @@ class Fleet:
                 await server.refuse_unsuitable(self._wanted)
                 async with self._updating:
                     for error in (await update_servers([server], *self._newest)).failed.values():
+                        server.is_broken = True
                         raise error
                     await server.prove_answer()
                     self.serving.append(server)
                     await self._tell()
                 self._any_has_served = True
+                self._trouble.pop(place, None)
                 logger.info("vLLM server %s serves version %d", server, self.version)
                 await self._watch(place, server)
             except ConfigError as error:
                 if not self._any_has_served:
                     raise
-                self._trouble = str(error)
-                logger.warning("%s is left out: %s", place, error)
-                return
+                self._say(place, f"{error} (it is left out until then)")
+                await asyncio.sleep(AGAIN_AFTER_REFUSAL_S)
             except ServerError as error:
                 if not (self._any_has_served or isinstance(error, Unreachable)):
                     raise RolloutError(f"{place} cannot serve the model of model.hf_path: {error}") from error
-                self._trouble = f"{place}: {error}"
-                logger.warning("%s: %s", place, error)
+                self._say(place, str(error))
             await asyncio.sleep(AGAIN_AFTER_S)
 
     async def _watch(self, place: Place, server: Server) -> None:
@@ -248,10 +257,17 @@ class Fleet:
             if self.serving:
                 last = time.monotonic()
             await asyncio.sleep(1.0)
+        troubles = self._trouble | {place: place.trouble for place in self._tending if place.trouble}
         raise ServersGone(
-            f"no vLLM server has been there for {self._timeout_s:g} s (rollout.server_timeout_s); the last trouble: "
-            f"{self._trouble}"
+            f"no vLLM server has been there for {self._timeout_s:g} s (rollout.server_timeout_s): "
+            + ("; ".join(f"{place}: {trouble}" for place, trouble in troubles.items()) or "none is named")
         )
+
+    def _say(self, place: Place, trouble: str) -> None:
+        """Once, for as long as it is the same."""
+        if self._trouble.get(place) != trouble:
+            logger.warning("%s: %s", place, trouble)
+        self._trouble[place] = trouble
 
     async def _tell(self) -> None:
         versions = [server.version for server in self._ready() if server.version is not None]

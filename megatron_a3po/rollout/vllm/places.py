@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_a3po.environment import LOCALHOST, child_environment
+from megatron_a3po.errors import ConfigError
 from megatron_a3po.rollout.vllm.server import Server
-from megatron_a3po.rollout.vllm.wire import BACKEND, STAGING, ServerError, Unreachable
+from megatron_a3po.rollout.vllm.wire import BACKEND, STAGING, Missing, ServerError, Unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,10 @@ KEEP_MEMORY = {
 
 
 class Place(Protocol):
+    """`trouble`: why it does not answer yet, while it is waited for."""
+
+    trouble: str
+
     async def open(self) -> Server:
         """A server that answers. Unreachable where none does in time, ServerError where none ever will."""
         ...
@@ -58,15 +63,16 @@ class GivenPlace:
         self._connect = connect
         self._timeout_s = timeout_s
         self._server: Server | None = None
+        self.trouble = ""
 
     def __str__(self) -> str:
         return self._url
 
     async def open(self) -> Server:
-        failed_in_an_update = self._server is not None and self._server.version is None
+        failed_in_an_update = self._server is not None and self._server.is_broken
         await self.close()
         self._server = self._connect(self._url)
-        await _wait_until_healthy(self._server, self.check, self._timeout_s)
+        await _wait_until_healthy(self, self._server, self._timeout_s, is_given=True)
         if await self._server.is_open():
             logger.warning(
                 "the control routes of the vLLM server %s answer without a token: whoever reaches it can change its "
@@ -74,7 +80,7 @@ class GivenPlace:
                 self._url,
             )
         if failed_in_an_update and await self._server.label() != UNLABELLED:
-            self._server.version = None
+            self._server.is_broken = True
             raise Unreachable("it failed while it took new weights, so that it has to be started again")
         return self._server
 
@@ -153,6 +159,7 @@ class LaunchedPlace:
         self._connect = connect
         self._process: subprocess.Popen[bytes] | None = None
         self._server: Server | None = None
+        self.trouble = ""
 
     def __str__(self) -> str:
         return f"the server of {self._log}"
@@ -176,7 +183,7 @@ class LaunchedPlace:
             )
         logger.info("vLLM server: pid %d, port %d, log %s", self._process.pid, port, self._log)
         self._server = self._connect(f"http://{LOCALHOST}:{port}")
-        await _wait_until_healthy(self._server, self.check, self._launch.timeout_s)
+        await _wait_until_healthy(self, self._server, self._launch.timeout_s)
         return self._server
 
     def check(self) -> None:
@@ -216,17 +223,28 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-async def _wait_until_healthy(server: Server, check: Callable[[], None], timeout_s: float) -> None:
+async def _wait_until_healthy(
+    place: Place, server: Server, timeout_s: float, *, is_given: bool = False
+) -> None:
     deadline = time.monotonic() + timeout_s
+    place.trouble = ""
     while True:
-        check()
+        place.check()
         try:
-            return await server.check_health()
+            await server.check_health()
+        except Missing as error:
+            raise ConfigError(f"{server} is no vLLM server: {error}; give the address of one.") from None
         except ServerError as error:
+            if is_given and not place.trouble:  # one that we launch takes its time
+                logger.warning("waiting for the vLLM server %s: %s", place, error)
+            place.trouble = str(error)
             if time.monotonic() > deadline:
                 raise Unreachable(
-                    f"it did not answer within {timeout_s:g} s (rollout.server_timeout_s)"
+                    f"it did not answer within {timeout_s:g} s (rollout.server_timeout_s): {error}"
                 ) from error
+        else:
+            place.trouble = ""
+            return
         await asyncio.sleep(POLL_S)
 
 

@@ -26,6 +26,7 @@ from megatron_a3po.rollout.vllm.wire import (
     GENERATE,
     NEWEST_ATTEMPT,
     STAGING,
+    Missing,
     Rejected,
     Segment,
     ServerError,
@@ -48,7 +49,7 @@ QUICK_S = 30.0  # a healthy server on a busy machine takes seconds
 CONNECTION_ATTEMPTS = 2
 STAGING_POLL_S, STAGING_POLL_SHARE = 0.01, 0.02  # at least, and of the time it has taken
 STEERED_S = 120.0  # for what is done between two steps of generation
-REJECTIONS = (400, 413, 422)
+KINDS = {400: Rejected, 413: Rejected, 422: Rejected, 404: Missing, 405: Missing}
 # vLLM ends a connection on which it answered an error, maybe while the next request is on its way.
 LAST_ON_IT = {"Connection": "close"}
 SIZES = (
@@ -79,7 +80,8 @@ class Wanted:
 
 
 class Server:
-    """A handle; whether it gets work is the fleet's decision. `version` is None until weights of ours are in it."""
+    """A handle; whether it gets work is the fleet's decision. `version` is None until weights of ours are in it, and
+    while it stands still for others; `is_broken` once it failed in that."""
 
     def __init__(
         self,
@@ -98,12 +100,14 @@ class Server:
         self.is_staged = is_staged
         self.num_workers = 1
         self.version: int | None = None
+        self.is_broken = False
         self.stall_s = 0.0  # how long it stood still in its last update
         self._still_since = 0.0
         self.tokens_in_flight = 0
         self.failures_in_a_row = 0
         self.given: set[int] = set()  # the versions it was told to take
         self._failed_at = -math.inf
+        self._is_closed = False
         self._vocab_size = 0
         self._timeout_s = timeout_s
         self._pause = PAUSES[on_update]
@@ -292,15 +296,18 @@ class Server:
             )
 
     async def close(self) -> None:
+        self._is_closed = True
         await self._http.aclose()
 
     async def _known(self, path: str, flag: str) -> Any:
         try:
             return await self._call("GET", path)
-        except ServerError as error:
+        except (Missing, Rejected) as error:
             raise ConfigError(
                 f"the vLLM server {self.url} does not answer {path} ({error}): it needs {flag}."
             ) from None
+        except ServerError as error:  # it may answer later
+            raise Unreachable(str(error)) from error
 
     async def _call(self, method: str, path: str, **options: Any) -> Any:
         try:
@@ -318,7 +325,7 @@ class Server:
                     f"{newest}, which goes on with this run; see that this one's other processes are gone"
                 )
             if not answer.is_success:
-                kind = Rejected if answer.status_code in REJECTIONS else ServerError
+                kind = KINDS.get(answer.status_code, ServerError)
                 raise kind(f"{method} {path} gave HTTP {answer.status_code}: {answer.text[:300]}")
             return answer.json() if answer.content else None
         except (TimeoutError, httpx2.TimeoutException) as error:
@@ -327,6 +334,10 @@ class Server:
             raise Unreachable(f"{method} {path} failed: {type(error).__name__} {error}") from error
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
             raise ServerError(f"{method} {path} failed: {type(error).__name__} {error}") from error
+        except RuntimeError as error:
+            if not self._is_closed:
+                raise
+            raise Unreachable(f"{method} {path} failed: the server was given up meanwhile") from error
 
 
 def unsuitable(config: dict[str, Any], max_tokens: int, dtype: str | None) -> list[str]:

@@ -40,6 +40,10 @@ class Rejected(ServerError):
     """It understood the request and will not answer it: another server would not either."""
 
 
+class Missing(ServerError):
+    """It has no such route: it is something else, or was started without what opens it."""
+
+
 class Foreign(ServerError):
     """It sampled with weights of another attempt at the run: `num_tokens` that nobody may train on."""
 
