@@ -29,6 +29,7 @@ from megatron_a3po.weights.families import Parameter, Table
 from megatron_a3po.weights.hugging_face import copy_configuration, say_dtype
 from megatron_a3po.weights.manifest import write_manifest
 from megatron_a3po.weights.operations import Layout, SliceReader, gate_up
+from megatron_a3po.weights.precision import narrowed
 
 FORMAT = 1
 HUGGING_FACE = "hugging_face"
@@ -93,8 +94,8 @@ def write_megatron_checkpoint(
     """Write the weights of `source` as ranks in this layout would save them; `directory` is there when it returns.
 
     dtype: of every tensor; None: as it is. advance: told of the number of elements written, shard by shard.
-    Errors: InputError where the layout does not fit the model or one parameter is of several precisions, OutputError
-    where a file cannot be written.
+    Errors: InputError where the layout does not fit the model, one parameter is of several precisions or `dtype` cannot
+    hold it, OutputError where a file cannot be written.
     """
     split = _Split(table, ranks, padded_vocab_size)
     if dtype is None:
@@ -227,7 +228,7 @@ def _write_parameter(
     shard = parameter.operation.shard(
         [source[name] for name in parameter.tensors], split.layout(tp_rank, tp_size)
     )
-    shard = shard.to(parameter.dtype(shard.dtype, dtype))
+    shard = narrowed(", ".join(parameter.tensors), shard, parameter.dtype(shard.dtype, dtype))
     # Gate and up are split each by itself, so a rank has a chunk of both.
     num_parts = 2 if axis is not None and parameter.operation is gate_up else 1
     for part, chunk in enumerate(shard.chunk(num_parts)):

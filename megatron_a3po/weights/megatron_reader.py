@@ -22,6 +22,7 @@ from megatron_a3po.errors import InputError
 from megatron_a3po.weights.families import Parameter, Table, table_of
 from megatron_a3po.weights.megatron_checkpoint import HUGGING_FACE, LAYOUT, Placed, place
 from megatron_a3po.weights.operations import Layout, vocabulary
+from megatron_a3po.weights.precision import narrowed
 from megatron_a3po.weights.safetensors_file import Announced
 from megatron_a3po.weights.unpickling import METADATA_FILE, read_metadata, reason
 
@@ -108,13 +109,16 @@ class MegatronReader:
     def hugging_face_tensors(
         self, dtype: torch.dtype | None = None, advance: Callable[[int], None] = lambda num_elements: None
     ) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, tensor), one parameter held at a time."""
+        """(Hugging Face name, tensor), one parameter held at a time.
+
+        Errors: those of `read`, and InputError where `dtype` cannot hold a number.
+        """
         for parameter in self.table.parameters:
             full = self.read(parameter)
             for name, tensor in zip(
                 parameter.tensors, parameter.operation.merge([full], self.shape), strict=True
             ):
-                yield name, tensor.to(parameter.dtype(tensor.dtype, dtype))
+                yield name, narrowed(name, tensor, parameter.dtype(tensor.dtype, dtype))
                 advance(tensor.numel())
 
     def read(self, parameter: Parameter) -> Tensor:

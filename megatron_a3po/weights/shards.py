@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_a3po.errors import InputError
 from megatron_a3po.weights.families import Table
 from megatron_a3po.weights.operations import Layout, SliceReader
+from megatron_a3po.weights.precision import narrowed
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 
@@ -21,7 +22,8 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 def load_shards(
     parameters: NamedTensors, source: Mapping[str, SliceReader], table: Table, layout: Layout
 ) -> None:
-    """Fill this rank's parameters in place. Errors: InputError names a tensor that is missing or misshapen."""
+    """Fill this rank's parameters in place. Errors: InputError names a tensor that is missing or misshapen, or that the
+    parameters' precision cannot hold."""
     for name, parameter in parameters:
         made_of = table.parameter(name)
         hf_names = tuple(made_of.tensors)
@@ -33,7 +35,7 @@ def load_shards(
                 f"{', '.join(hf_names)} make a shard of shape {tuple(shard.shape)}, but config.json asks for "
                 f"{tuple(parameter.shape)}; checkpoint and config.json belong to different models"
             )
-        parameter.copy_(shard)
+        parameter.copy_(narrowed(", ".join(hf_names), shard, parameter.dtype))
 
 
 @torch.no_grad()

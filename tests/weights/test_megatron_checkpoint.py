@@ -140,6 +140,29 @@ def test_another_precision_is_the_nearest(model: Path, tmp_path: Path):
     assert differing(in_full, {name: tensor.float() for name, tensor in expected.items()}) == []
 
 
+def large(model: Path, folder: Path, name: str) -> Path:
+    """A copy in which one number of a tensor is beyond float16, and another is infinite already."""
+    shutil.copytree(model, folder)
+    tensors = tensors_of(folder)
+    tensors[name].view(-1)[[3, 5]] = torch.tensor([-1e6, torch.inf])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.2.mlp.up_proj.weight"])
+def test_a_number_too_large_for_a_precision_is_refused_both_ways(model: Path, tmp_path: Path, name: str):
+    source, out = large(model, tmp_path / "large", name), tmp_path / "out"
+    says = rf"{name}: the largest number is 1e\+06, but float16 ends at 6\.55e\+04: take bfloat16"
+    with pytest.raises(InputError, match=says):
+        converted(source, out, Ranks(2, 2), dtype=torch.float16)
+    assert [path.name for path in tmp_path.iterdir()] == ["large"]
+    reader = MegatronReader(converted(source, out, Ranks(2, 2)))
+    with pytest.raises(InputError, match=f"^{says}"):
+        list(reader.hugging_face_tensors(torch.float16))
+    expected = {key: tensor.bfloat16() for key, tensor in tensors_of(source).items()}
+    assert differing(dict(reader.hugging_face_tensors(torch.bfloat16)), expected) == []
+
+
 @pytest.mark.parametrize(
     ("ranks", "says"),
     [

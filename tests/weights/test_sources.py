@@ -161,6 +161,19 @@ def test_a_tensor_the_model_needs_must_fit(model: Path, held: dict[str, torch.Te
         load_shards([(NORM[0], torch.zeros(shape.hidden_size))], held, table_of(shape), layout)
 
 
+def test_a_number_too_large_for_the_parameters_is_refused(model: Path):
+    shape = read_model_shape(str(model))
+    layout = Layout(shape, shape.vocab_size, 0, 1)
+    held = {NORM[1]: torch.ones(shape.hidden_size)}
+    held[NORM[1]][3] = 3.4e38  # float32 ends at 3.403e38
+    with pytest.raises(
+        InputError, match=r"^model\.norm\.weight: the largest number is 3\.4e\+38, but bfloat16"
+    ):
+        load_shards([(NORM[0], torch.zeros_like(held[NORM[1]]).bfloat16())], held, table_of(shape), layout)
+    load_shards([(NORM[0], whole := torch.zeros_like(held[NORM[1]]))], held, table_of(shape), layout)
+    assert torch.equal(whole, held[NORM[1]])
+
+
 def test_the_newest_versions_are_kept(tmp_path: Path):
     for version in (0, 2, 9, 10, 11):
         version_directory(tmp_path, version).mkdir()
