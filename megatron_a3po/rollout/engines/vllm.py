@@ -224,9 +224,20 @@ class VllmEngine:
                 await self._fleet.failed(server, error)
             return None
         if not request.greedy:
-            name, tokens = name_of(segment.versions), {"tokens": len(segment.tokens)}
-            self._segments.append(Span(f"vLLM {server}", "segments", name, begun, time.monotonic(), tokens))
+            self._segments.append(_span_of(server, response, segment, begun))
         return segment
+
+
+def _span_of(server: Server, response: Response, segment: Segment, begun: float) -> Span:
+    """`from` is where the segment begins in its trajectory."""
+    request = response.request
+    details = {
+        "prompt": request.prompt_index,
+        "sample": request.sample,
+        "from": len(request.prompt_tokens) + len(response.tokens),
+        "tokens": len(segment.tokens),
+    }
+    return Span(f"vLLM {server}", "segments", name_of(segment.versions), begun, time.monotonic(), details)
 
 
 def create_vllm_engine(
