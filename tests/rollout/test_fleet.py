@@ -14,7 +14,7 @@ from megatron_a3po.errors import ConfigError, ServersGone
 from megatron_a3po.rollout.prompts import Prompt
 from megatron_a3po.rollout.sampler import GroupSampler
 from megatron_a3po.rollout.statistics import RolloutCounters
-from megatron_a3po.rollout.vllm import fleet
+from megatron_a3po.rollout.vllm import fleet, updates
 from megatron_a3po.rollout.workflow import Stage, single_turn
 from tests.rollout.stand_in_server import Servers, StandInServer, request
 from tests.rollout.test_producers import LengthScorer
@@ -63,6 +63,25 @@ def test_a_server_that_hangs_loses_no_group(tmp_path: Path, monkeypatch: pytest.
         assert servers.engine.take_num_lost() > GROUP
 
     run(tmp_path, 2, work)
+
+
+def test_a_server_that_hangs_in_an_update_holds_no_other_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """With requests under way everywhere, which a server that stands still does not answer."""
+    monkeypatch.setattr(updates, "GRACE_S", 1.0)
+
+    async def work(servers: Servers) -> None:
+        hung, *others = servers.servers
+        sampler = sampler_of(servers)
+        hung.hanging.add("/update_weights")
+        groups = [asyncio.create_task(sampler.sample([prompt(index)])) for index in range(9)]
+        assert await servers.engine.update_weights(1, tmp_path) == 1
+        assert [one.url for one in servers.fleet.serving] == [one.url for one in others]
+        assert all(group is not None for (group,) in await asyncio.gather(*groups))
+
+    run(tmp_path, 3, work, timeout_s=1000.0)
+    assert caplog.text.count("is out") == 1
 
 
 def test_an_error_of_the_engine_is_not_the_workflows(tmp_path: Path):

@@ -2,12 +2,14 @@
 
 Where the weights come from is in the published directory: they lie there, or the trainer sends them to all workers at
 once. How a server takes them is its own matter: it stands still while it receives, or receives them into host memory
-first. A transfer that broke is tried again without those that did not answer, then with each alone; who fails then is
-out. A server that failed has weights of nobody, so that it must not serve before an update has succeeded.
+first. From files each takes them by itself, and one that takes much longer than another is out. A transfer that broke
+is tried again without those that did not answer, then with each alone; who fails then is out. A server that failed
+has weights of nobody, so that it must not serve before an update has succeeded.
 """
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 Failure = ServerError | ConfigError
 ANSWER_S = 120.0  # for the trainer to begin a transfer
+LATE = 3  # once a server has the weights, another has so many times as long
 GRACE_S = 15.0  # for a server to answer once it must have all, or know that its transfer is broken
 
 
@@ -135,18 +138,38 @@ async def update_servers(servers: Sequence[Server], version: int, directory: Pat
     begun = time.monotonic()
     offer = read_offer(directory)
     updated = Updated(version)
-    if offer is None:
-        await _take(servers, FilesSource(version, directory), updated)
-    else:
-        again = await _take(servers, CollectiveSource(offer, 1), updated)
-        again = await _take(again, CollectiveSource(offer, 2), updated)
-        for server in again:  # one of them breaks it for all
-            await _take([server], CollectiveSource(offer, 3), updated)
+    try:
+        if offer is None:
+            await _take_apart(servers, FilesSource(version, directory), updated)
+        else:
+            again = await _take(servers, CollectiveSource(offer, 1), updated)
+            again = await _take(again, CollectiveSource(offer, 2), updated)
+            for server in again:  # one of them breaks it for all
+                await _take([server], CollectiveSource(offer, 3), updated)
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
     done = [server for server in servers if server not in updated.failed]
     updated.version = min((one.version for one in done if one.version is not None), default=version)
     updated.stall_s = max((one.stall_s for one in done), default=0.0)
     updated.duration_s = time.monotonic() - begun
     return updated
+
+
+async def _take_apart(servers: Sequence[Server], source: Source, updated: Updated) -> None:
+    """Each by itself: none stands still for another."""
+    begun, deadline = time.monotonic(), math.inf
+    async with asyncio.TaskGroup() as tasks:
+        taking = {tasks.create_task(_take([server], source, updated)): server for server in servers}
+        late = set(taking)
+        while late and (now := time.monotonic()) < deadline:
+            limit_s = None if math.isinf(deadline) else deadline - now
+            done, late = await asyncio.wait(late, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if math.isinf(deadline) and any(taking[task] not in updated.failed for task in done):
+                duration_s = time.monotonic() - begun
+                deadline = begun + LATE * duration_s + GRACE_S
+        for task in late:
+            task.cancel()
+            updated.failed[taking[task]] = TimedOut("it did not take weights in the time that others need")
 
 
 async def _take(servers: Sequence[Server], source: Source, updated: Updated) -> list[Server]:
