@@ -58,7 +58,10 @@ def rows(variables: Mapping[str, str], launched: Launch) -> list[tuple[str, str]
             "--slurm: this process is in no Slurm job (SLURM_JOB_ID is not set); run it in an allocation, for example "
             "`salloc --nodes=2 srun python -m megatron_a3po doctor --slurm`, or name a job: --slurm JOB"
         )
-    record = read_record(job)
+    # The last task of an array has the number of the whole array.
+    task = variables.get("SLURM_ARRAY_TASK_ID")
+    records = read_records(f"{variables['SLURM_ARRAY_JOB_ID']}_{task}" if task is not None else job)
+    record = records[0] if records else {}
     return [
         ("job", f"{job} ({variables.get('SLURM_JOB_NAME', '?')}), {describe(record)}"),
         ("partition", variables.get("SLURM_JOB_PARTITION", "?")),
@@ -73,15 +76,16 @@ def rows(variables: Mapping[str, str], launched: Launch) -> list[tuple[str, str]
     ]
 
 
-def read_record(job: str) -> dict[str, str]:
-    """What `scontrol show job` says; nothing where it cannot be asked."""
+def read_records(job: str) -> list[dict[str, str]]:
+    """What `scontrol show job` says: of each task of an array, of each component of a heterogeneous job; nothing where
+    it cannot be asked."""
     try:
         done = subprocess.run(
             ["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False, timeout=30
         )
     except (OSError, subprocess.TimeoutExpired):
-        return {}
-    return dict(re.findall(r"(\S+?)=(\S*)", done.stdout.partition("\n")[0]))
+        return []
+    return [dict(found) for line in done.stdout.splitlines() if (found := re.findall(r"(\S+?)=(\S*)", line))]
 
 
 def describe(record: Mapping[str, str]) -> str:
@@ -97,14 +101,23 @@ def describe(record: Mapping[str, str]) -> str:
 
 
 def describe_job(job: str) -> list[tuple[str, str]]:
-    """A job as its owner sees it from outside. Errors: InputError where Slurm does not know it."""
-    record = read_record(job)
-    if not record:
+    """A job as its owner sees it from outside, part by part. Errors: InputError where Slurm does not know it."""
+    records = [record for record in read_records(job) if "JobState" in record]
+    if not records:
         raise InputError(
             f"--slurm {job}: Slurm does not know this job (any more); squeue --me lists those there are"
         )
+    return [row for record in records for row in _described(record)]
+
+
+def _described(record: Mapping[str, str]) -> list[tuple[str, str]]:
+    name = record.get("JobId", "?")
+    if "ArrayTaskId" in record:
+        name = f"{record['ArrayJobId']}_{record['ArrayTaskId']}"
+    elif "HetJobOffset" in record:
+        name = f"{record['HetJobId']}+{record['HetJobOffset']}"
     return [
-        ("job", f"{job} ({record['JobName']})"),
+        ("job", f"{name} ({record.get('JobName', '?')})"),
         ("state", describe(record)),
         ("nodes", record.get("NodeList", "?")),
         ("attempt", str(int(record.get("Restarts", "0")) + 1)),
