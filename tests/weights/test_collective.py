@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_a3po.rollout.vllm.places import PLUGIN
 from megatron_a3po.weights.safetensors_file import Announced
@@ -22,6 +23,7 @@ from megatron_a3po.weights.transports.buckets import ALIGNMENT, pack, plan_bucke
 from megatron_a3po.weights.transports.collective import CollectiveTransport
 from megatron_a3po.weights.transports.held import HeldWeights
 from megatron_a3po.weights.transports.requests import Transfer, read_offer
+from megatron_a3po.weights.transports.sender import Sender
 from tests.distributed.ranks import run_ranks
 
 sys.path.append(str(PLUGIN))
@@ -100,6 +102,38 @@ def test_weights_that_are_being_read_stay():
         assert version == 2
         with pytest.raises(TimeoutError):
             list(held.as_filled(0.01))
+
+
+def listens_at(port: int) -> set[str]:
+    """The IPv4 addresses, as the kernel writes them, at which this machine listens on a port; /proc/net/tcp(6)."""
+    lines = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()
+    ]
+    return {
+        at[-8:]
+        for _, local, _, state, *_ in lines
+        for at, _, found in [local.partition(":")]
+        if state == "0A" and int(found, 16) == port
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/net")
+def test_only_this_machine_can_ask_for_weights_and_nonsense_is_answered():
+    held = HeldWeights(pinned=False)
+    held.begin(1, [])
+    sender = Sender(held, device=CPU, loopback_only=False, timeout_s=5.0)
+    try:
+        assert listens_at(sender.port) == {"0100007F"}
+        store = TCPStore("127.0.0.1", sender.port, is_master=False, wait_for_workers=False)
+        for number in (1, 2):
+            assert store.add("transfers", 1) == number
+            store.set(f"request/{number}", json.dumps({"hello": 1}))
+            store.wait([f"outcome/{number}"])
+            assert b"members" in store.get(f"outcome/{number}")
+    finally:
+        sender.close()
 
 
 def test_workers_receive_what_all_stages_have_and_the_rest_outlives_one_that_breaks_off(tmp_path: Path):

@@ -23,7 +23,7 @@ LONG = datetime.timedelta(days=30)  # the sending side has time limits of its ow
 
 @dataclass(frozen=True)
 class Offer:
-    """Where the trainer answers requests."""
+    """Where the trainer answers requests, on this machine alone."""
 
     port: int
 
@@ -50,10 +50,9 @@ class Transfer:
         timeout_s: float,
     ) -> None:
         """members: a name for each server, another one for each of its lives. address: of this machine, for them."""
-        self._port = offer.port
         self._timeout = datetime.timedelta(seconds=timeout_s)
-        self._store = self._connect()
-        self._channel_name: str | None = None
+        self._store = self._connect(offer.port)
+        self._channel: dict[str, Any] | None = None
         self._number = self._store.add("transfers", 1)
         request = {"members": list(members), "num_workers": num_workers, "address": address}
         self._store.set(f"request/{self._number}", json.dumps(request))
@@ -61,14 +60,13 @@ class Transfer:
     def answer(self) -> dict[str, Any]:
         """Which version it will be, how to join and how the bytes are laid out."""
         answer = json.loads(self._store.get(f"answer/{self._number}"))
-        self._channel_name = answer["channel"]["name"]
+        self._channel = answer["channel"]
         return answer
 
     def give_up(self) -> None:
         """Once there is an answer: a member has failed, so that the others wait in vain."""
-        assert self._channel_name is not None
-        store = self._connect()  # the other one may be waiting
-        close_channel(PrefixStore(self._channel_name, store))
+        assert self._channel is not None
+        close_channel(PrefixStore(self._channel["name"], self._connect(self._channel["port"])))
 
     def why_broken(self) -> str:
         """Once all has been sent or given up: nothing, or why."""
@@ -76,5 +74,5 @@ class Transfer:
         self._store.wait([outcome], LONG)
         return self._store.get(outcome).decode()
 
-    def _connect(self) -> TCPStore:
-        return TCPStore(LOCALHOST, self._port, is_master=False, wait_for_workers=False, timeout=self._timeout)
+    def _connect(self, port: int) -> TCPStore:
+        return TCPStore(LOCALHOST, port, is_master=False, wait_for_workers=False, timeout=self._timeout)
