@@ -45,16 +45,20 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def open_page(page: Path, *, width: int = 1280, dark: bool = False, then: str = "") -> Opened:
-    """Open a file from disk; `then` is a script that runs at the end of it. Skips where there is no browser."""
+def open_page(
+    page: Path, *, width: int = 1280, dark: bool = False, first: str = "", then: str = ""
+) -> Opened:
+    """Open a file from disk; `first` and `then` are scripts that run before its own and at the end of it. Skips where
+    there is no browser."""
     if (program := chromium()) is None:
         pytest.skip(LEFT_OUT)
     with tempfile.TemporaryDirectory() as folder:
         opened = page
-        if then:
+        if first or then:
             opened = Path(folder) / "page.html"
             script = f"<script>queueMicrotask(() => {{ {then} }});</script></body>"
-            opened.write_text(page.read_text().replace("</body>", script))
+            text = page.read_text().replace("</body>", script)
+            opened.write_text(text.replace("<body>", f"<body><script>{first}</script>", 1))
         before = _cpu_s_of_children()
         ended = subprocess.run(
             [

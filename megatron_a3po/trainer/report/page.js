@@ -39,9 +39,25 @@ function options(width, xs, series) {
     scales: { x: { time: false, range: (u, low, high) => [low - pad, high + pad] } },
     axes: [
       { stroke: ink, grid: line, ticks: line, size: 34, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5] },
-      { stroke: ink, grid: line, ticks: line, size: 58, values: (u, ticks) => ticks.map(words) },
+      { stroke: ink, grid: line, ticks: line, size: roomForTicks, values: tickWords },
     ],
   };
+}
+
+// As many digits as tell neighbours apart, all ticks in one notation.
+function tickWords(chart, ticks, axis, space, increment) {
+  const most = Math.max(...ticks.map(Math.abs));
+  const digits = Math.min(Math.max(Math.ceil(Math.log10(most / increment)), 0) + 2, 15);
+  const rounded = ticks.map(tick => Number(tick.toPrecision(digits)));
+  return rounded.map(tick => tick !== 0 && (most < 1e-3 || most >= 1e6) ? tick.toExponential() : String(tick));
+}
+
+function roomForTicks(chart, texts, axis, cycle) {
+  const { _size, ticks, gap, font } = chart.axes[axis];
+  if (cycle > 1) return _size; // a longer text may have moved the ticks: settle
+  chart.ctx.font = font[0]; // in the canvas's pixels
+  const widest = Math.max(0, ...(texts ?? []).map(text => chart.ctx.measureText(text).width));
+  return Math.ceil(ticks.size + gap + widest / devicePixelRatio) + 1;
 }
 
 function lineFigure(figure) {

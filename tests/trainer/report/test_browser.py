@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -57,6 +58,35 @@ def test_an_error_and_slowness_would_be_seen(tmp_path: Path):
     opened = open_page(tmp_path / "page.html", then=f"{BUSY} throw new Error('no ' + sum)")
     assert "Uncaught Error: no " in opened.console[0]
     assert opened.cpu_s > idle.cpu_s + 0.3  # a second, on a machine that is not the fastest
+
+
+# Every text on a canvas: what it says, and how much of it lies left of the edge.
+WRITTEN = """
+const texts = window.texts = [];
+const write = CanvasRenderingContext2D.prototype.fillText;
+CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+  texts.push([text, this.getTransform().e + x - this.measureText(text).actualBoundingBoxLeft]);
+  write.call(this, text, x, y);
+};
+"""
+NOTED = "document.documentElement.dataset.texts = encodeURIComponent(JSON.stringify(window.texts));"
+
+
+def test_the_numbers_of_an_axis_are_whole_and_tell_its_lines_apart(tmp_path: Path):
+    run = write_run(tmp_path / "small", 6)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        share = row["step"] / 6
+        row |= {"loss": -5e-4 * share, "reward/avg": -2e-5 * share, "grad_norm": 1 + 3e-4 * share}
+        row |= {"ppo_actor/update/entropy/avg": 1e9 * share, "forwards_per_token": -1234.5 * share}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened = open_page(written(run), first=WRITTEN, then=NOTED)
+    assert not opened.console
+    texts = json.loads(unquote(opened.noted("texts")))
+    assert min(left for _, left in texts) >= 0
+    said = {text for text, _ in texts}
+    assert {"-5e-4", "-2e-5", "1e+9", "-1000"} <= said
+    assert {"1.0001", "1.0002"} <= said  # and not 1 beside 1
 
 
 def test_one_step(tmp_path: Path):
