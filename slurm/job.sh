@@ -15,6 +15,9 @@ trap 'hear end' USR2 TERM
 
 ATTEMPT=$((${SLURM_RESTART_COUNT:-0} + 1))
 MAX_ATTEMPTS=${A3PO_MAX_ATTEMPTS:-3}
+# A task of an array by its number: the last one's SLURM_JOB_ID is that of the whole array.
+SELF=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+SELF=${SELF:-$SLURM_JOB_ID}
 JOB_LOGS=${A3PO_LOGS:-$SLURM_SUBMIT_DIR/runs/slurm}/job-$SLURM_JOB_ID
 LOGS=$JOB_LOGS/attempt-$ATTEMPT
 EXPORTED=$(IFS=,; echo "${ENVIRONMENT[*]},MASTER_ADDR,OMP_NUM_THREADS")
@@ -201,7 +204,7 @@ after() {
 requeue() {
     # Slurm ends this script while it waits; otherwise it would fall through to its end.
     trap - USR1 USR2 TERM
-    if scontrol requeue "$SLURM_JOB_ID"; then
+    if scontrol requeue "$SELF"; then
         for _ in {1..120}; do sleep 1; done
     fi
     finish "$1" "could not be requeued: submit it again to continue"
@@ -210,7 +213,7 @@ requeue() {
 # Whether the job still runs as this attempt: a cancelled one, or one that runs elsewhere already, is not to be touched.
 is_mine() {
     local record restarts
-    record=$(scontrol show job -o "$SLURM_JOB_ID") || { STATE=unknown; return 1; }
+    record=$(scontrol show job -o "$SELF") || { STATE=unknown; return 1; }
     record=${record%%$'\n'*}   # of a heterogeneous job the first component
     STATE=$(grep -o 'JobState=[A-Z_]*' <<<"$record" | cut -d= -f2)
     restarts=$(grep -o 'Restarts=[0-9]*' <<<"$record" | cut -d= -f2)

@@ -12,10 +12,8 @@ ROOT = Path(__file__).parent.parent.parent
 STEPS, EVERY = 40, 10
 TP2 = ["actor.tensor_model_parallel_size=2"]
 TP2_PP2 = [*TP2, "actor.pipeline_model_parallel_size=2"]
-MIDDLE, HELD = (
-    EVERY + 2,
-    2 * EVERY,
-)  # a first attempt goes no further until it is told to stop, or that it `goes_on`
+MIDDLE = EVERY + 2
+HELD = 2 * EVERY  # before which step a first attempt stands still until it is told to stop, or `let_go`
 
 
 class Site:
@@ -66,6 +64,10 @@ class Site:
             and "-m a3po_vllm " in command_line_of(pid)
         ]
 
+    def record_of(self, job: str) -> str:
+        """What Slurm says of one task of an array."""
+        return self.slurm.command("scontrol", "show", "job", "-o", job)
+
     def wait(self, condition: Callable[[], bool], job: Job, timeout_s: float = PATIENCE_S) -> None:
         """Until `condition` holds, whatever becomes of the job."""
         wait_for(condition, "something beside a job", job.said, timeout_s)
@@ -92,7 +94,7 @@ def in_the_middle(job: Job, run_dir: Path) -> None:
     )
 
 
-def goes_on(run_dir: Path) -> None:
+def let_go(run_dir: Path) -> None:
     (run_dir / GOES_ON).touch()
 
 

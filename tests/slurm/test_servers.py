@@ -94,6 +94,8 @@ def test_a_pool_comes_and_goes_and_ends_with_the_run(site: Site, stand_in: str) 
     site.wait(lambda: f"job-{more.number}_7-0" in registered(run_dir), more)
     site.slurm.command("scancel", "--batch", "--signal=USR1", f"{pool.number}_2")  # near its time limit
     site.wait(lambda: "attempt 2" in registered(run_dir).get(names[2], ""), pool)
+    assert "Restarts=0" in site.record_of(f"{pool.number}_0"), "the others were not requeued with it"
+    assert "JobState=CANCELLED" in site.record_of(f"{pool.number}_1")
 
     assert site.start(*train, A3PO_SERVERS_PER_NODE="0").wait() == ("COMPLETED", 0), logs_of(run_dir)
     assert more.wait() == ("COMPLETED", 0), more.said()
