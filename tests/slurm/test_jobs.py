@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_a3po.trainer.slurm_job import STATES
-from tests.slurm.site import EVERY, MIDDLE, STEPS, TP2, TP2_PP2, Site, doctor, goes_on, in_the_middle
+from tests.slurm.site import EVERY, MIDDLE, STEPS, TP2, TP2_PP2, Site, doctor, in_the_middle, let_go
 from tests.trainer.replay import Replays, Rows, Weights, identical, logs_of, without_times
 from tests.trainer.test_resume import num_rows, step_of
 
@@ -89,7 +89,7 @@ def test_a_job_whose_task_is_killed_goes_on(site: Site, straight) -> None:
     in_the_middle(job, site.runs.folder / "task-killed")
     for pid in job.tasks("n1"):
         os.kill(pid, signal.SIGKILL)
-    goes_on(site.runs.folder / "task-killed")
+    let_go(site.runs.folder / "task-killed")
     attempts = site.has_continued(job, "task-killed", straight[2])
     assert EVERY <= attempts.count(1) < STEPS
     assert "a task was ended by signal 9; continues as attempt 2" in job.output()
