@@ -10,6 +10,7 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from megatron_a3po.errors import ConfigError
@@ -17,6 +18,7 @@ from megatron_a3po.errors import ConfigError
 # Slurm numbers real steps from 0 up; what is above this are its names for the batch and interactive shells.
 LAST_REAL_STEP = 0xFFFFFFF0
 LOCALHOST = "127.0.0.1"
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,14 @@ def slurm_variables(variables: Mapping[str, str] | None = None) -> dict[str, str
 def node_name() -> str:
     """This node by the name Slurm has for it, elsewhere the machine's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def visible_gpus(variables: Mapping[str, str] | None = None, gpus: Path = NVIDIA_GPUS) -> list[str]:
+    """What CUDA calls the GPUs of this machine that processes started here may use; empty where there is none."""
+    variables = os.environ if variables is None else variables
+    number = len(list(gpus.iterdir())) if gpus.is_dir() else 0
+    named = variables.get("CUDA_VISIBLE_DEVICES")
+    return [str(index) for index in range(number)] if named is None else named.split(",") if named else []
 
 
 def kill_order() -> str | None:

@@ -1,8 +1,10 @@
 """Who started this process, from the variables each launcher really sets."""
 
+from pathlib import Path
+
 import pytest
 
-from megatron_a3po.environment import Launch, read_launch
+from megatron_a3po.environment import Launch, read_launch, visible_gpus
 from megatron_a3po.errors import ConfigError
 
 TORCHRUN = {
@@ -100,3 +102,12 @@ def test_every_task_finds_the_same_port_and_other_jobs_another():
 def test_a_broken_environment_is_named(variables: dict[str, str], name: str):
     with pytest.raises(ConfigError, match=name):
         read_launch(variables)
+
+
+def test_the_gpus_of_a_machine(tmp_path: Path):
+    for bus in ("0000:1b:00.0", "0000:43:00.0", "0000:52:00.0"):
+        (tmp_path / bus).mkdir()
+    assert visible_gpus({}, tmp_path) == ["0", "1", "2"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "5,7"}, tmp_path) == ["5", "7"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == []
+    assert visible_gpus({}, tmp_path / "no driver") == []

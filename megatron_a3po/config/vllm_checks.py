@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from megatron_a3po.config.config import Config
 from megatron_a3po.config.model_shape import ModelShape
 from megatron_a3po.config.problem import Problem, shown
+from megatron_a3po.environment import read_launch, visible_gpus
 
 SOURCES = ("servers", "servers_file", "launch")
 # Keys that mean something to servers only, or to launched ones only.
@@ -98,7 +99,8 @@ def _urls(servers: list[str] | None) -> Iterator[Problem]:
     for url in servers or ():
         if not is_url(url):
             yield Problem(
-                key, f"rollout.servers has {shown(url)}, which is no URL such as http://10.0.0.5:8000, without a path."
+                key,
+                f"rollout.servers has {shown(url)}, which is no URL such as http://10.0.0.5:8000, without a path.",
             )
     if len({url.rstrip("/") for url in servers or ()}) < len(servers or ()):
         yield Problem(key, "rollout.servers names a server twice: give each once.")
@@ -131,12 +133,25 @@ def launch_problems(config: Config, shape: ModelShape) -> Iterator[Problem]:
             f"the model's attention heads have {shape.head_dim} dimensions, but vLLM on a CPU computes only "
             f"{', '.join(map(str, CPU_HEAD_DIMS))}: take another model, or rollout.engine=local.",
         )
+    yield from _too_few_gpus(config, rollout.launch)
     python = rollout.vllm_python or sys.executable
     if (why := _why_no_vllm(python)) is not None:
         yield Problem(
             ("rollout.vllm_python", "rollout.launch"),
             f"{python} {why}: name an interpreter with vLLM >= 0.32 in rollout.vllm_python (`make install-vllm` makes "
             ".venv-vllm/bin/python).",
+        )
+
+
+def _too_few_gpus(config: Config, num_servers: int) -> Iterator[Problem]:
+    """Each server has a GPU of its own, as each rank of the trainer has."""
+    gpus, actor = visible_gpus(), config.actor
+    num_ranks = read_launch().local_world_size or actor.model_parallel_size * (actor.data_parallel_size or 1)
+    if gpus and len(gpus) < num_ranks + num_servers:
+        yield Problem(
+            ("rollout.launch",),
+            f"rollout.launch is {num_servers} beside {num_ranks} ranks of the trainer, one GPU each, but this machine "
+            f"has {len(gpus)}: launch fewer, train on fewer ranks, or start servers elsewhere (rollout.servers).",
         )
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_a3po.config import read_model_shape
+from megatron_a3po.config import read_model_shape, vllm_checks
 from megatron_a3po.config.plan import plan_lines
 from megatron_a3po.errors import ConfigError
+from megatron_a3po.rollout.engines import vllm
+from megatron_a3po.rollout.vllm.places import LaunchedPlace
 
 SERVERS = "rollout.servers=['http://10.0.0.5:8000','https://node7']"
 
@@ -93,6 +95,24 @@ def test_the_version_of_launched_servers(load, tmp_path: Path):
     ]
     with pytest.raises(ConfigError, match=r"has vLLM 0\.31\.1, which does not say which weights"):
         load(*keys)
+
+
+def test_a_launched_server_has_a_gpu_of_its_own(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    keys = ["rollout.engine=vllm", f"rollout.vllm_python={interpreter(tmp_path, '0.32.0')}"]
+    keys += ["actor.tensor_model_parallel_size=2", "rollout.launch=2"]
+    monkeypatch.setattr(vllm_checks, "NVIDIA_DRIVER", tmp_path)
+    monkeypatch.setattr(vllm_checks, "visible_gpus", lambda: ["0", "1", "2"])
+    with pytest.raises(
+        ConfigError, match="2 beside 2 ranks of the trainer, one GPU each, but this machine has 3"
+    ):
+        load(*keys)
+    monkeypatch.setattr(vllm_checks, "visible_gpus", lambda: ["0", "1", "2", "3"])
+    config = load(*keys)
+    monkeypatch.setattr(vllm, "visible_gpus", lambda: ["4", "5", "6", "7"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    places = vllm.launched_places(config, tmp_path, 1)
+    variables = [place._launch.environment() for place in places if isinstance(place, LaunchedPlace)]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in variables] == ["6", "7"]
 
 
 def test_the_plan_says_where_servers_are_and_what_an_update_does(load):

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 
 from megatron_a3po.config import Config, read_model_shape
 from megatron_a3po.config.vllm_checks import RUN_TOKEN
+from megatron_a3po.environment import visible_gpus
 from megatron_a3po.errors import RolloutError
 from megatron_a3po.rollout.engines.base import Sample, SampleRequest
 from megatron_a3po.rollout.spans import Span, name_of
@@ -310,11 +311,20 @@ def connect(config: Config, url: str, token: str | None, run: str, attempt: int)
 
 
 def launched_places(config: Config, run_dir: Path, attempt: int) -> list[Place]:
+    """The trainer's ranks have this machine's first GPUs, the servers its last, one each."""
     rollout = config.rollout
     assert rollout.launch is not None
     token_file = run_dir / RUN_TOKEN
     token = new_token_file(token_file)
-    launch = launch_of(config, token_file, rollout.launch, on_cpu=not torch.cuda.is_available())
-    logs = (run_dir / "logs" / f"vllm-{number}.log" for number in range(rollout.launch))
+    on_cpu = not torch.cuda.is_available()
+    launch = launch_of(config, token_file, rollout.launch, on_cpu=on_cpu)
+    gpus = [None] * rollout.launch if on_cpu else visible_gpus()[-rollout.launch :]
     run = name_of_run(run_dir)
-    return [LaunchedPlace(launch, log, lambda url: connect(config, url, token, run, attempt)) for log in logs]
+    return [
+        LaunchedPlace(
+            replace(launch, gpu=gpu),
+            run_dir / "logs" / f"vllm-{number}.log",
+            lambda url: connect(config, url, token, run, attempt),
+        )
+        for number, gpu in enumerate(gpus)
+    ]

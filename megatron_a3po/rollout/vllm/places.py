@@ -94,7 +94,7 @@ class GivenPlace:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a server is started with: one launched here, or by its recipe elsewhere."""
+    """What a server is started with: one launched here, or by its recipe elsewhere. gpu: of one launched here."""
 
     python: str
     model_dir: Path
@@ -106,6 +106,7 @@ class Launch:
     token_file: Path
     timeout_s: float
     on_cpu: bool
+    gpu: str | None = None
 
     def command(self, port: int) -> list[str]:
         return [self.python, "-m", "a3po_vllm", "--host", LOCALHOST, "--port", str(port), *self.arguments()]
@@ -144,6 +145,8 @@ class Launch:
             "VLLM_NO_USAGE_STATS": "1",
             "OMP_NUM_THREADS": str(self.num_threads),
         }
+        if self.gpu is not None:
+            changes["CUDA_VISIBLE_DEVICES"] = self.gpu
         if self.on_cpu:
             changes |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | KEEP_MEMORY
         return changes
