@@ -9,6 +9,7 @@ write the same file. Next: `recovery.py`, which decides what an attempt goes on 
 
 import fcntl
 import json
+import logging
 import os
 import time
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from megatron_a3po.environment import node_name
 from megatron_a3po.errors import ConfigError, FencedError
 from megatron_a3po.weights.aside import write_aside
 
+logger = logging.getLogger(__name__)
 FOLDER = "attempts"  # <n>: who made attempt n, and when
 NEWEST = "attempt"  # its number
 
@@ -53,14 +55,15 @@ class Attempt:
 def newest_attempt(run_dir: Path) -> int:
     """The highest number any start of this run has, 0 before the first."""
     # Reading the file asks a network file system anew, where the list of a folder may be a minute old.
-    found = [int(name) for name in _names(run_dir / FOLDER) if name.isdigit()]
+    found = [int(name) for name in _names(run_dir / FOLDER) if name.isdecimal()]
     if (run_dir / NEWEST).is_file():
-        found.append(int((run_dir / NEWEST).read_text()))
+        written = (run_dir / NEWEST).read_text(errors="replace")
+        found += [int(written)] if written.isdecimal() else []  # a power failure may have emptied it
     return max(found, default=0)
 
 
 def lock(run_dir: Path, held: ExitStack) -> None:
-    """Keep other starts away from a run directory for as long as `held` lasts.
+    """Keep other starts away from a run directory for as long as `held` lasts, where the file system has locks.
 
     Errors: ConfigError where another start has it.
     """
@@ -72,13 +75,19 @@ def lock(run_dir: Path, held: ExitStack) -> None:
         ) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         raise ConfigError(
             f"run_dir is {run_dir}, where a run is under way (pid {file.read().strip()}); give another run_dir=..."
         ) from None
+    except OSError as error:
+        logger.warning(
+            "%s cannot be locked (%s): see that no other start has this run; of two the later fences the earlier off",
+            run_dir,
+            error.strerror,
+        )
     file.truncate(0)
-    file.write(str(os.getpid()))
+    file.write(f"{os.getpid()} on {node_name()}")
     file.flush()
 
 

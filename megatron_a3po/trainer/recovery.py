@@ -7,6 +7,7 @@
         rollouts.npz          prompt cursor, prompts in flight, finished groups (trainer/rollout_state.py)
         config.yaml           the configuration it was written under
         manifest.json         format number, sizes and checksums of the files above
+    checkpoints/step-<n>.damaged-<attempt>/     passed over by that attempt; nobody reads or removes it
 
 There is no random state to keep: prompts, samples and shuffles are functions of (seed, position). Writing is in
 `saving.py`.
@@ -16,8 +17,10 @@ import dataclasses
 import itertools
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +28,14 @@ from megatron_a3po.config import Config, read_model_shape, to_yaml
 from megatron_a3po.config.difference import differing_keys
 from megatron_a3po.errors import ConfigError, InputError
 from megatron_a3po.trainer.attempt import Attempt, lock
-from megatron_a3po.weights.aside import put_back, write_aside, written_aside
-from megatron_a3po.weights.manifest import damage
+from megatron_a3po.trainer.summary import read_summary
+from megatron_a3po.weights.aside import put_back, telling, write_aside, written_aside
+from megatron_a3po.weights.manifest import MANIFEST, damage
 
 FORMAT = 2  # 2: layers by number, rollouts without a pickle
 PREFIX = "step-"
 ROLLOUTS = "rollouts.npz"
+LOGS = "logs"
 # Keys without which a count in a checkpoint means something else: of prompts, and of the schedule's steps.
 PROMPTS = (
     "data.train",
@@ -48,6 +53,8 @@ SCHEDULE = (
     "actor.weight_decay",
 )
 
+Damaged = tuple[tuple[Path, str], ...]  # checkpoints, and what is wrong with each
+
 
 @dataclass(frozen=True)
 class Beginning:
@@ -56,6 +63,7 @@ class Beginning:
     kind: Literal["new", "continue", "finished"]
     checkpoint: Path | None = None
     newest: list[Path] = field(default_factory=list)  # checkpoint of this run, damaged or not: at most one
+    damaged: Damaged = ()  # of this run, newer than `checkpoint`
     summary: dict[str, Any] = field(default_factory=dict)  # of a finished run
     notes: tuple[str, ...] = ()  # what a person should know, said once there is a log
 
@@ -64,19 +72,25 @@ def begin(config: Config, resume: str) -> Beginning:
     """Decide how this start goes on. Makes the run directory where there is none; `--resume never` renames an old one.
 
     Errors: ConfigError (another configuration, an unusable run_dir, a checkpoint of another model or beyond the run),
-    InputError (no checkpoint at PATH).
+    InputError (no checkpoint at PATH, none that is whole, one of another format).
     """
     run_dir = Path(config.run_dir)
     notes: tuple[str, ...] = ()
     if resume == "never" and run_dir.exists():
         notes = (f"moved the old run to {_move_aside(run_dir)}",)
     checkpoint, newest = None, checkpoints_of(run_dir)[-1:]
-    used = (run_dir / "config.yaml").is_file()
+    damaged: Damaged = ()
+    used = bool(newest) or (run_dir / "config.yaml").is_file()
     if used:
         _refuse_another_configuration(run_dir, config)
-        if (run_dir / "summary.json").is_file():
-            return Beginning("finished", summary=json.loads((run_dir / "summary.json").read_text()))
-        checkpoint, notes = latest_checkpoint(run_dir)
+        if (summary := read_summary(run_dir)) is not None:
+            return Beginning("finished", summary=summary)
+        checkpoint, damaged = latest_checkpoint(run_dir)
+        if damaged and checkpoint is None:
+            raise InputError(
+                f"{run_dir / 'checkpoints'} has no whole checkpoint: {_said(damaged)}; copy one again from where there "
+                "is a copy, or begin anew with --resume never, which moves the old run aside"
+            )
     if checkpoint is None and resume not in ("auto", "never"):
         # Once the run has a checkpoint of its own, it goes on from that.
         checkpoint, notes = _checkpoint_at(Path(resume))
@@ -84,7 +98,7 @@ def begin(config: Config, resume: str) -> Beginning:
         _refuse_unfit(checkpoint, config)
     _make(run_dir)
     kind: Literal["new", "continue"] = "continue" if used or checkpoint else "new"
-    return Beginning(kind, checkpoint, newest, notes=notes)
+    return Beginning(kind, checkpoint, newest, damaged, notes=notes)
 
 
 def _move_aside(run_dir: Path) -> Path:
@@ -95,12 +109,16 @@ def _move_aside(run_dir: Path) -> Path:
 
 
 def _make(run_dir: Path) -> None:
-    """Errors: ConfigError where there can be no such directory."""
+    """Errors: ConfigError where there can be no such directory, or nothing can be written there."""
+    what = "which cannot be made"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
+        what = "where nothing can be written"
+        for folder in (run_dir, run_dir / LOGS):
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(
-            f"run_dir is {run_dir}, which cannot be made ({error.strerror}); give another run_dir=..."
+            f"run_dir is {run_dir}, {what} ({error.strerror}); give another run_dir=..."
         ) from None
 
 
@@ -151,9 +169,15 @@ def _refuse_another_configuration(run_dir: Path, config: Config) -> None:
 def claim(config: Config, beginning: Beginning, held: ExitStack) -> tuple[Attempt, Beginning]:
     """Take the run directory for as long as `held` lasts, with a number of its own; write the configuration.
 
-    Whoever had it when `begin` looked may have come further: then what it left is where this start begins.
-    Errors: ConfigError where another start has it, or has finished the run.
+    Whoever had it when `begin` looked may have come further: then what it left is where this start begins. Damaged
+    checkpoints that were passed over step aside, so that the new ones are the newest again.
+    Errors: ConfigError where another start has it, or has finished the run. OutputError where nothing can be written.
     """
+    with telling(Path(config.run_dir)):
+        return _claim(config, beginning, held)
+
+
+def _claim(config: Config, beginning: Beginning, held: ExitStack) -> tuple[Attempt, Beginning]:
     run_dir = Path(config.run_dir)
     lock(run_dir, held)
     attempt = Attempt.take(run_dir)  # from here on no other attempt completes a checkpoint
@@ -168,18 +192,30 @@ def claim(config: Config, beginning: Beginning, held: ExitStack) -> tuple[Attemp
     if checkpoints_of(run_dir)[-1:] != beginning.newest:
         beginning = begin(config, "auto")
     write_aside(run_dir / "config.yaml", to_yaml(config))
-    return attempt, beginning
+    return attempt, replace(beginning, notes=(*beginning.notes, *_set_aside(beginning, attempt)))
 
 
-def latest_checkpoint(run_dir: Path) -> tuple[Path | None, tuple[str, ...]]:
-    """The newest complete checkpoint, and a note on every damaged one that was passed over."""
-    notes: list[str] = []
+def _set_aside(beginning: Beginning, attempt: Attempt) -> Iterator[str]:
+    for directory, problem in beginning.damaged:
+        aside = directory.with_name(f"{directory.name}.damaged-{attempt.number}")
+        directory.rename(aside)
+        yield f"{directory} is damaged ({problem}), and is called {aside.name} now: {beginning.checkpoint} is used"
+
+
+def latest_checkpoint(run_dir: Path) -> tuple[Path | None, Damaged]:
+    """The newest whole checkpoint, and the damaged ones that are newer. Errors: InputError where the newest that is not
+    damaged is of another format."""
+    damaged: list[tuple[Path, str]] = []
     for directory in reversed(checkpoints_of(run_dir)):
         if problem := damage(directory, FORMAT):
-            notes.append(f"{directory} is damaged ({problem}); the one before it is used")
+            damaged.append((directory, problem))
             continue
-        return directory, tuple(notes)
-    return None, tuple(notes)
+        return directory, tuple(damaged)
+    return None, tuple(damaged)
+
+
+def _said(damaged: Damaged) -> str:
+    return ", ".join(f"{directory.name} is damaged ({problem})" for directory, problem in damaged)
 
 
 def reference_directory(run_dir: Path) -> Path:
@@ -217,21 +253,26 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
     found = [
         path
         for path in (run_dir / "checkpoints").glob(f"{PREFIX}*")
-        if path.name.removeprefix(PREFIX).isdigit()
+        if path.name.removeprefix(PREFIX).isdecimal()
     ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def _checkpoint_at(path: Path) -> tuple[Path, tuple[str, ...]]:
     """A checkpoint, or the latest one of a run directory, with notes on what was passed over."""
-    checkpoint, notes = (path, ()) if (path / "manifest.json").is_file() else latest_checkpoint(path)
+    if (path / MANIFEST).is_file():
+        if problem := damage(path, FORMAT):
+            raise InputError(f"--resume {path}: {problem}; take an earlier checkpoint")
+        return path, ()
+    checkpoint, damaged = latest_checkpoint(path)
     if checkpoint is None:
+        there = f" ({_said(damaged)})" if damaged else ""
         raise InputError(
-            [
-                *notes,
-                f"--resume {path}: no complete checkpoint there; give a checkpoint or a run directory with one",
-            ]
+            f"--resume {path}: no whole checkpoint there{there}; give a checkpoint or a run directory with one"
         )
-    if problem := damage(checkpoint, FORMAT):
-        raise InputError(f"--resume {path}: {problem}; take an earlier checkpoint")
-    return checkpoint, notes
+    notes = (f"{one} is damaged ({problem}): {checkpoint} is used" for one, problem in damaged)
+    return checkpoint, tuple(notes)

@@ -36,10 +36,10 @@ from megatron_a3po.actor.store import own_connection
 from megatron_a3po.config import Config, to_yaml
 from megatron_a3po.lifetime import kill_point
 from megatron_a3po.trainer.attempt import Attempt
-from megatron_a3po.trainer.recovery import FORMAT, PREFIX, ROLLOUTS, checkpoints_of
+from megatron_a3po.trainer.recovery import FORMAT, PREFIX, ROLLOUTS, checkpoints_of, step_of
 from megatron_a3po.trainer.rollout_state import write_rollout_state
 from megatron_a3po.trainer.source import from_main
-from megatron_a3po.weights.aside import FULL, make_durable, put_in_place, sync
+from megatron_a3po.weights.aside import FULL, make_durable, put_in_place, remove, sync, what_failed
 from megatron_a3po.weights.manifest import write_manifest
 
 logger = logging.getLogger(__name__)
@@ -77,11 +77,13 @@ class Checkpoint:
         kill_point("after_rename")
         sync(self.final.parent)
 
-    def forget_others(self, keep_last: int, keep_every: int | None) -> None:
-        """Rank 0, afterwards: the older ones that are not to be kept."""
-        for old in checkpoints_of(self.attempt.run_dir)[:-keep_last]:
-            if keep_every is None or int(old.name.removeprefix(PREFIX)) % keep_every:
-                shutil.rmtree(old, ignore_errors=True)
+    def forget_older(self, keep_last: int, keep_every: int | None) -> None:
+        """Rank 0, afterwards: those before this one that are not to be kept. Later steps are of another history, which
+        this one has yet to replace."""
+        so_far = [one for one in checkpoints_of(self.attempt.run_dir) if step_of(one) <= self.step]
+        for old in so_far[:-keep_last]:
+            if keep_every is None or step_of(old) % keep_every:
+                remove(old)
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ class Saving:
 
         problem = _problem_of(write, aside)
         if problem is None:
-            checkpoint.forget_others(self._config.trainer.keep_last, self._config.trainer.keep_every)
+            checkpoint.forget_older(self._config.trainer.keep_last, self._config.trainer.keep_every)
         return problem
 
     def _give_up(self, checkpoint: Checkpoint, problem: str) -> None:
@@ -277,7 +279,9 @@ def _written(
         return actor_checkpoint.write(copy, directory, rank)
     except OSError as error:
         written = sum(file.stat().st_size for file in directory.glob(f"__{rank}_*"))
-        return Unwritten(_said(error, directory), error.errno in FULL, max(0, state.num_bytes - written))
+        return Unwritten(
+            what_failed(error, directory), error.errno in FULL, max(0, state.num_bytes - written)
+        )
 
 
 def _problem_of(work: Callable[[], object], folder: Path) -> str | None:
@@ -285,12 +289,8 @@ def _problem_of(work: Callable[[], object], folder: Path) -> str | None:
     try:
         work()
     except OSError as error:
-        return _said(error, folder) + ("; free some space" if error.errno in FULL else "")
+        return what_failed(error, folder) + ("; free some space" if error.errno in FULL else "")
     return None
-
-
-def _said(error: OSError, folder: Path) -> str:
-    return f"{error.filename or folder} cannot be written ({error.strerror})"
 
 
 def _lack(failed: list[Unwritten], num_bytes: int, folder: Path) -> str:

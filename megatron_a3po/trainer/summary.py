@@ -11,7 +11,7 @@ from typing import Any
 from megatron_a3po.errors import InputError
 from megatron_a3po.trainer.json_lines import plain
 from megatron_a3po.trainer.recording import read_metrics
-from megatron_a3po.weights.aside import write_aside
+from megatron_a3po.weights.aside import telling, write_aside
 
 SUMMARY = "summary.json"
 TIME = "time/"
@@ -55,19 +55,23 @@ def summarize(
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
-    """Written aside and renamed."""
-    write_aside(Path(run_dir) / SUMMARY, json.dumps(plain(summary), indent=2, allow_nan=False) + "\n")
+    """Written aside and renamed. Errors: OutputError where it cannot be."""
+    with telling(run_dir / SUMMARY):
+        write_aside(run_dir / SUMMARY, json.dumps(plain(summary), indent=2, allow_nan=False) + "\n")
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """What `write_summary` wrote; None while a run has none. Errors: InputError names a damaged file."""
     path = Path(run_dir) / SUMMARY
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise InputError(f"{path} is not readable as JSON ({error}): remove it.") from None
+    if not isinstance(summary, dict):
+        raise InputError(f"{path} is no summary of a run: remove it.")
+    return summary
 
 
 def closing_lines(summary: dict[str, Any]) -> list[str]:

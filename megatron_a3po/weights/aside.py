@@ -12,14 +12,14 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
 from megatron_a3po.errors import OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REPLACED = ".old.tmp"
+REPLACED, REMOVED = ".old.tmp", ".removed.tmp"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -67,6 +67,15 @@ def put_back(folder: Path) -> None:
             replaced.rename(name)
 
 
+def remove(directory: Path) -> None:
+    """Its name goes first: nobody sees half of it. What cannot be removed stays, as `<name>.removed.tmp` at most."""
+    removed = directory.with_name(directory.name + REMOVED)
+    shutil.rmtree(removed, ignore_errors=True)
+    with suppress(OSError):
+        directory.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two names in one step; False where this system or file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
@@ -98,10 +107,24 @@ def drop_aside(directory: Path) -> None:
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Write a small file so that whoever reads it sees all of it or the one before."""
+    """Write a small file so that whoever reads it sees all of it or the one before, also after a power failure."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    aside.rename(path)
+    try:
+        aside.write_text(text)
+        sync(aside)
+        aside.rename(path)
+        sync(path.parent)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def what_failed(error: OSError, path: Path) -> str:
+    """In words. path: what was being written, for errors that name nothing."""
+    what = f"{error.filename or path} cannot be written"
+    if error.filename2:
+        what = f"{error.filename} cannot be renamed to {error.filename2}"
+    return f"{what} ({error.strerror})"
 
 
 @contextmanager
@@ -110,11 +133,18 @@ def noting(problems: list[str], directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"{error.filename or aside_of(directory)} cannot be written"
-        if error.filename2:
-            what = f"{error.filename} cannot be renamed to {error.filename2}"
         mend = "free some space or choose another folder" if error.errno in FULL else "choose another folder"
-        problems.append(f"{what} ({error.strerror}); {mend}")
+        problems.append(f"{what_failed(error, aside_of(directory))}; {mend}")
+
+
+@contextmanager
+def telling(path: Path) -> Iterator[None]:
+    """Errors: OutputError where `path`, or what is below it, cannot be written."""
+    problems: list[str] = []
+    with noting(problems, path):
+        yield
+    if problems:
+        raise OutputError(problems)
 
 
 @contextmanager
@@ -123,13 +153,10 @@ def written_aside(directory: Path) -> Iterator[Path]:
 
     Errors: OutputError where a file cannot be written.
     """
-    problems: list[str] = []
     try:
-        with noting(problems, directory):
+        with telling(directory):
             yield open_aside(directory)
             close_aside(directory)
-        if problems:
-            raise OutputError(problems)
     finally:
         drop_aside(directory)
 

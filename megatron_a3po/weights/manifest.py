@@ -5,6 +5,7 @@ One `manifest.json` for trainer checkpoints, exports and converted checkpoints a
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,14 +34,26 @@ def damage(directory: Path, format_number: int) -> str | None:
 
     Every size is compared, then the checksums as far as that is cheap: of everything up to CHECKED_BYTES, of a larger
     directory only of its files up to SMALL_BYTES. `check_input` leaves nothing out.
+    Errors: InputError where it is of another format, which is no damage.
     """
     try:
-        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        manifest: Any = json.loads(_read(directory / MANIFEST))
+        if not _is_manifest(manifest):
+            return f"{MANIFEST} lists no files with their sizes and checksums"
+        if manifest["format"] != format_number:
+            raise InputError(
+                f"{directory} is in format {manifest['format']}, this program reads format {format_number}: take the "
+                "version of the program that wrote it"
+            )
+        return _difference(directory, manifest["files"])
+    except OSError as error:
+        return f"{os.path.relpath(error.filename or MANIFEST, directory)} cannot be read ({error.strerror})"
+    except ValueError as error:
         return f"{MANIFEST}: {error}"
-    if manifest.get("format") != format_number:
-        return f"format {manifest.get('format')}, this program reads {format_number}"
-    files: dict[str, dict[str, Any]] = manifest["files"]
+
+
+def _difference(directory: Path, files: dict[str, dict[str, Any]]) -> str | None:
+    """The first file that is another than listed. Errors: OSError names a file that cannot be read."""
     for name, expected in files.items():
         if _size(directory / name) != expected["bytes"]:
             return f"{name} is missing or cut short"
@@ -52,6 +65,21 @@ def damage(directory: Path, format_number: int) -> str | None:
         if found[name] != files[name]["sha256"]:
             return f"{name} has another checksum"
     return None
+
+
+def _is_manifest(found: Any) -> bool:
+    """Whether it has the shape of what `write_manifest` writes, and lists anything."""
+    if not isinstance(found, dict) or type(found.get("format")) is not int:
+        return False
+    files = found.get("files")
+    return (
+        isinstance(files, dict)
+        and bool(files)
+        and all(
+            isinstance(one, dict) and type(one.get("bytes")) is int and isinstance(one.get("sha256"), str)
+            for one in files.values()
+        )
+    )
 
 
 def check_input(directory: Path) -> None:
@@ -89,14 +117,28 @@ def _size(file: Path) -> int | None:
 def _listed(manifest: Path) -> dict[str, dict[str, Any]]:
     """Its files, with bytes and sha256 of each; of a file of that name which is no such manifest, none."""
     try:
-        found: Any = json.loads(manifest.read_bytes())
+        found: Any = json.loads(_read(manifest))
     except (OSError, ValueError) as error:
         raise InputError(f"{manifest} cannot be read ({error}): copy it again, or remove it") from None
     is_ours = isinstance(found, dict) and "format" in found and isinstance(found.get("files"), dict)
+    if is_ours and found["files"] and not _is_manifest(found):
+        raise InputError(
+            f"{manifest} lists files without their sizes and checksums: copy it again, or remove it"
+        )
     return found["files"] if is_ours else {}
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file's bytes. Errors: OSError names the file."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:  # of a read it names nothing
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _read(manifest: Path) -> bytes:
+    try:
+        return manifest.read_bytes()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(manifest)) from None

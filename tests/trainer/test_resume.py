@@ -209,6 +209,7 @@ DAMAGES = {
         bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]
     ),
     "missing": lambda file: file.unlink(),
+    "lists no files": lambda file: (file.parent.parent / "manifest.json").write_text("[]"),
 }
 
 
@@ -226,6 +227,7 @@ def test_a_damaged_checkpoint_is_passed_over(replays: Replays, batches: Path, st
     assert ended.code == 0, ended.output
     assert f"{newest} is damaged" in ended.output
     assert damage in ended.output
+    assert newest.with_name(f"{newest.name}.damaged-2").is_dir()
     rows = replays.rows(run_dir.name)
     assert [row["attempt"] for row in rows] == [1] * (STEPS - EVERY) + [2] * EVERY
     assert without_times(rows) == without_times(straight["1 rank"][0])
