@@ -150,20 +150,23 @@ class _Split:
 
     def __init__(self, table: Table, ranks: Ranks, padded_vocab_size: int) -> None:
         self.table, self.ranks, self._padded_vocab_size = table, ranks, padded_vocab_size
-        experts = table.shape.experts.num_experts if table.shape.experts else 1
-        if ranks.expert_model_parallel_size > 1 and not table.shape.experts:
+        shape = table.shape
+        experts = shape.experts.num_experts if shape.experts else 1
+        if ranks.expert_model_parallel_size > 1 and not shape.experts:
             raise InputError(
                 f"--expert-model-parallel-size is {ranks.expert_model_parallel_size}, but this "
-                f"{table.shape.model_type} has no experts: leave it out"
+                f"{shape.model_type} has no experts: leave it out"
             )
-        for name, number, size in (
-            ("pipeline", table.shape.num_layers, ranks.pipeline_model_parallel_size),
-            ("expert", experts, ranks.expert_model_parallel_size),
+        heads = "attention heads" if shape.latent_attention else "key-value heads"
+        for name, number, things, size in (
+            ("tensor", shape.num_query_groups, heads, ranks.tensor_model_parallel_size),
+            ("pipeline", shape.num_layers, "layers", ranks.pipeline_model_parallel_size),
+            ("expert", experts, "experts", ranks.expert_model_parallel_size),
         ):
             if number % size:
-                things = "layers" if name == "pipeline" else "experts"
                 raise InputError(
-                    f"--{name}-model-parallel-size is {size}, which does not divide the {number} {things} of the model"
+                    f"--{name}-model-parallel-size is {size}, which does not divide the {number} {things} of the "
+                    "model: take a divisor"
                 )
         for parameter in table.parameters:
             self.sharded_axis(parameter)
@@ -201,7 +204,8 @@ class _Split:
         axes = [axis for axis, (whole, part) in enumerate(zip(full, shard, strict=True)) if whole != part]
         if axes and full[axes[0]] != tp_size * shard[axes[0]]:
             raise InputError(
-                f"--tensor-model-parallel-size is {tp_size}, which does not divide {', '.join(parameter.tensors)}"
+                f"--tensor-model-parallel-size is {tp_size}, which does not divide {', '.join(parameter.tensors)}: "
+                "take a divisor"
             )
         return axes[0] if axes else None
 

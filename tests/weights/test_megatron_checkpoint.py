@@ -21,7 +21,7 @@ from megatron_a3po.errors import InputError
 from megatron_a3po.vocab_parallel.policy_objective import supervised_objective
 from megatron_a3po.weights.families import table_of
 from megatron_a3po.weights.manifest import damage
-from megatron_a3po.weights.megatron_checkpoint import Ranks, write_megatron_checkpoint
+from megatron_a3po.weights.megatron_checkpoint import Ranks, check_layout, write_megatron_checkpoint
 from megatron_a3po.weights.megatron_reader import MegatronReader
 from megatron_a3po.weights.sources import SafetensorsSource
 from tests.actor.ranks import on_actors, random_sequences
@@ -167,7 +167,11 @@ def test_a_number_too_large_for_a_precision_is_refused_both_ways(model: Path, tm
     ("ranks", "says"),
     [
         (Ranks(1, 3), "--pipeline-model-parallel-size is 3, which does not divide the 4 layers"),
-        (Ranks(3, 1), "--tensor-model-parallel-size is 3, which does not divide"),
+        # Twice as many as key-value heads, whose rows could be divided.
+        (
+            Ranks(4, 1),
+            "--tensor-model-parallel-size is 4, which does not divide the 2 key-value heads of the",
+        ),
         (Ranks(1, 1, 2), "--expert-model-parallel-size is 2, but this qwen2 has no experts"),
     ],
     ids=str,
@@ -176,6 +180,14 @@ def test_a_layout_that_does_not_fit_is_refused(model: Path, tmp_path: Path, rank
     with pytest.raises(InputError, match=says):
         converted(model, tmp_path / "out", ranks)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_columns_that_cannot_be_divided_are_named(model: Path):
+    table = table_of(replace(read_model_shape(model), ffn_hidden_size=95))
+    with pytest.raises(
+        InputError, match=r"size is 2, which does not divide model\.layers\.0\.mlp\.gate_proj"
+    ):
+        check_layout(table, Ranks(2, 1), padded_vocab_size=VOCAB_SIZE + 1)
 
 
 def test_one_parameter_of_several_precisions_is_refused_or_made_one(model: Path, tmp_path: Path):
