@@ -23,6 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ FULL_STALENESS = (0, 1, 2, 4, 8, 16)
 FULL_BOUNDS = (1, 2, 4, 8)
 COMMANDS = "commands.txt"
 OF_THE_START = ("run_dir", "warm_start", "model.hf_path", "model.initialization")
+START_KEYS = ("trainer.steps=1", "actor.lr_warmup_iters=0", "actor.kl_coef=1e-6")
+SHAPES_THE_START = ("model.", "data.", "warm_start", "trainer.seed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    if code == EXIT_STOPPED:
+        print("stopped: the same command goes on from here", file=sys.stderr)
     return code
 
 
@@ -90,9 +95,17 @@ def planned(arguments: argparse.Namespace, config: Config) -> list[Cell]:
     mini_batches = arguments.mini_batches or ((1, 4) if arguments.full else (4,))
     staleness = arguments.staleness
     cells: list[Cell] = []
-    if arguments.full or not arguments.asynchronous:
+    if arguments.asynchronous and not arguments.full:
+        given = {"--methods": arguments.methods, "--staleness": staleness, "--free": arguments.free}
+        given["several --mini-batches"] = mini_batches[1:]
+        if names := [name for name, value in given.items() if value]:
+            raise InputError(
+                f"--asynchronous compares loglinear by bounds and policies: leave out {', '.join(names)}, or ask for "
+                "that in a call of its own."
+            )
+    else:
         cells += grid(
-            arguments.methods,
+            arguments.methods or COMPARED,
             (FULL_STALENESS if arguments.full else (0, 2, 8)) if staleness is None else staleness,
             arguments.free or (FULL_BOUNDS if arguments.full else ()),
             mini_batches,
@@ -100,8 +113,13 @@ def planned(arguments: argparse.Namespace, config: Config) -> list[Cell]:
             steps,
         )
     if arguments.full or arguments.asynchronous:
-        cells += gain_grid("loglinear", arguments.bounds, mini_batches[-1], arguments.seeds[0], steps)
-    return cells
+        cells += gain_grid("loglinear", arguments.bounds, mini_batches[-1], arguments.seeds, steps)
+    return [replace(cell, lr_warmup_iters=_warmup(config, cell)) for cell in cells]
+
+
+def _warmup(config: Config, cell: Cell) -> int:
+    """As many steps of a run as the configuration warms up for, whatever its number of optimizer steps in one."""
+    return round(config.actor.lr_warmup_iters * cell.mini_batches / config.actor.num_mini_batches)
 
 
 def run(arguments: argparse.Namespace, config: Config, planned: list[Cell], stop: StopWish) -> int:
@@ -131,7 +149,7 @@ def run(arguments: argparse.Namespace, config: Config, planned: list[Cell], stop
                 shown.finished(cell, cells.directory(cell))
                 continue
             if stop.wished or code in (EXIT_STOPPED, EXIT_INTERRUPTED):
-                shown.say(f"stopped in {cell.name}: the same command goes on from here")
+                shown.say(f"stopped in {cell.name}")
                 return EXIT_STOPPED
             shown.say(f"{cell.name} ended with code {code}:\n{last_words(out / 'logs' / f'{cell.name}.log')}")
             if code == EXIT_BAD_INPUT:
@@ -152,20 +170,31 @@ def refuse_unfit(config: str, cells: Sequence[Cell]) -> None:
 
 
 def refuse_others(arguments: argparse.Namespace, cells: Sequence[Cell]) -> None:
-    """Errors: InputError where a run in the folder is of another task or length than this call asks for."""
+    """Errors: InputError where a run in the folder is of another task or length than this call asks for, or the warm
+    start of another model, of other data or length."""
     here, problems = Cells(arguments.out, arguments.config, None, lambda: False), []
+    start = arguments.out / "start"
+    others = {start: [key for key in _differences(start, arguments.config, START_KEYS)
+                      if key.startswith(SHAPES_THE_START)]}  # fmt: skip
     for cell in cells:
-        if not (file := here.directory(cell) / "config.yaml").is_file():
-            continue
-        had: dict[str, Any] = flat(OmegaConf.to_container(OmegaConf.load(file)))
-        wanted = flat(load_config(arguments.config, cell.overrides()).model_dump(mode="json"))
-        keys = [key for key in wanted.keys() & had.keys() if had[key] != wanted[key]]
-        if keys := sorted(key for key in keys if not key.startswith(OF_THE_START)):
+        keys = _differences(here.directory(cell), arguments.config, cell.overrides())
+        others[here.directory(cell)] = [key for key in keys if not key.startswith(OF_THE_START)]
+    for directory, keys in others.items():
+        if keys:
             problems.append(
-                f"{file.parent} is a run with another {', '.join(keys)}: give another --out, or move it aside."
+                f"{directory} is a run with another {', '.join(keys)}: give another --out, or move it aside."
             )
     if problems:
         raise InputError(problems)
+
+
+def _differences(run_dir: Path, config: str, overrides: Sequence[str]) -> list[str]:
+    """The keys that a run, where there is one, has with other values."""
+    if not (file := run_dir / "config.yaml").is_file():
+        return []
+    had: dict[str, Any] = flat(OmegaConf.to_container(OmegaConf.load(file)))
+    wanted = flat(load_config(config, overrides).model_dump(mode="json"))
+    return sorted(key for key in wanted.keys() & had.keys() if had[key] != wanted[key])
 
 
 def remember(arguments: argparse.Namespace) -> None:
@@ -195,8 +224,7 @@ def shared_start(
     if not (run_dir / "summary.json").is_file():
         shown.say(f"the shared warm start, {config.warm_start.steps} steps")
         log = arguments.out / "logs" / "start.log"
-        keys = ["trainer.steps=1", "actor.lr_warmup_iters=0", "actor.kl_coef=1e-6"]
-        argv = ["train", arguments.config, f"run_dir={run_dir}", *keys]
+        argv = ["train", arguments.config, f"run_dir={run_dir}", *START_KEYS]
         code = run_command(argv, log, lambda: stop.wished, lambda: None)
         if code != EXIT_DONE:
             shown.say(f"the warm start ended with code {code}:\n{last_words(log)}")
@@ -325,7 +353,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     number: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}
     parser.add_argument("config", metavar="CONFIG", help="the task, a configuration of `train`")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where runs and results go")
-    parser.add_argument("--methods", nargs="+", choices=list(COMPARED), default=list(COMPARED))
+    parser.add_argument("--methods", nargs="+", choices=list(COMPARED), help="(default: all)")
     parser.add_argument(
         "--staleness",
         type=int,

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_a3po.__main__ import main as megatron_a3po
-from megatron_a3po.errors import EXIT_BAD_INPUT, EXIT_DONE
+from megatron_a3po.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_NEEDS_PERSON
 from megatron_a3po.lifetime import end_with_parent
 
 Mode = Literal["fixed", "bound"]
@@ -50,6 +51,7 @@ class Cell:
     steps: int
     policy: Policy = "wait"
     gain: bool = False
+    lr_warmup_iters: int | None = None  # None: as configured
 
     @property
     def name(self) -> str:
@@ -65,6 +67,7 @@ class Cell:
             f"trainer.seed={self.seed}",
             f"trainer.steps={self.steps}",
             f"actor.num_mini_batches={self.mini_batches}",
+            *([] if self.lr_warmup_iters is None else [f"actor.lr_warmup_iters={self.lr_warmup_iters}"]),
             *METHODS[self.method],
             f"rollout.fixed_staleness={self.staleness if fixed else 'null'}",
             f"rollout.max_staleness={'null' if fixed else self.staleness}",
@@ -93,13 +96,16 @@ def grid(
     return cells
 
 
-def gain_grid(method: str, bounds: Sequence[int], mini_batches: int, seed: int, steps: int) -> list[Cell]:
-    """Generate, then train (bound 0), against every bound under every policy."""
-
-    def cell(bound: int, policy: Policy) -> Cell:
-        return Cell(method, "bound", bound, mini_batches, seed, steps, policy, gain=True)
-
-    return [cell(0, "wait"), *(cell(bound, policy) for bound in bounds for policy in POLICIES)]
+def gain_grid(
+    method: str, bounds: Sequence[int], mini_batches: int, seeds: Sequence[int], steps: int
+) -> list[Cell]:
+    """Generate, then train (bound 0), against every bound under every policy; seed by seed."""
+    ways: list[tuple[int, Policy]] = [(0, "wait"), *itertools.product(bounds, POLICIES)]
+    return [
+        Cell(method, "bound", bound, mini_batches, seed, steps, policy, gain=True)
+        for seed in seeds
+        for bound, policy in ways
+    ]
 
 
 class Cells:
@@ -175,11 +181,13 @@ def _command(arguments: Sequence[str], log: Path) -> None:
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(target, 1)
     os.dup2(target, 2)
-    code = EXIT_DONE
+    code = EXIT_NEEDS_PERSON
     try:
         code = megatron_a3po(list(arguments))
     except SystemExit as error:
         code = EXIT_BAD_INPUT if error.code else EXIT_DONE
+    except BaseException:  # the fork's last word, whatever it is
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -30,6 +30,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 COLOURS = {"loglinear": "C0", "linear": "C2", "recompute": "C1", "coupled": "C3", "rollout": "C7"}
 SMOOTHED_STEPS = 5
+FEW_STEPS = 20
 CURVES = {
     "task reward": "reward/avg",
     "largest importance weight": MEANS["importance_weight_max"],
@@ -92,11 +93,18 @@ def _line(axis: Any, runs: list[list[Row]], metric: str, colour: str, label: str
     """The mean of several runs, smoothed over a few steps, and the range of them."""
     length = min(len(run) for run in runs)
     values = np.array([[row.get(metric, np.nan) for row in run[:length]] for run in runs], dtype=float)
-    window = min(SMOOTHED_STEPS, length)
+    window = max(1, min(SMOOTHED_STEPS, length // 10))
     # A step without a value, such as one before whose batch nothing was scored, leaves the others their mean.
     smooth = np.nanmean(np.lib.stride_tricks.sliding_window_view(values, window, axis=1), axis=2)
     steps = np.arange(window, length + 1)
-    axis.plot(steps, smooth.mean(0), color=colour, linewidth=1.2, label=label)
+    axis.plot(
+        steps,
+        smooth.mean(0),
+        color=colour,
+        linewidth=1.2,
+        label=label,
+        marker="." if length < FEW_STEPS else "",
+    )
     if len(runs) > 1:
         axis.fill_between(steps, smooth.min(0), smooth.max(0), color=colour, alpha=0.15, linewidth=0)
 

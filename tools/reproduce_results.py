@@ -114,11 +114,15 @@ def figures(cell: Cell, run_dir: Path) -> Row:
         "peak_mb": max(row.get("memory/rank_bytes") or 0.0 for row in rows) / 2**20 or None,
         "dropped_groups": sum(row.get("rollout/dropped_groups") or 0 for row in measured),
         "samples_s": whole,
-        "trainer_idle": sum(row.get("time/wait_for_samples") or 0.0 for row in measured) / whole,
-        "generator_idle": sum(row.get("rollout/idle_s") or 0.0 for row in measured) / whole,
+        "trainer_idle": _share(measured, "time/wait_for_samples", whole),
+        "generator_idle": _share(measured, "rollout/idle_s", whole),
         **times,
         **approximation_errors(stale),
     }
+
+
+def _share(rows: list[Row], name: str, whole: float) -> float | None:
+    return sum(row.get(name) or 0.0 for row in rows) / whole if whole else None
 
 
 def approximation_errors(rows: list[Row]) -> Row:
@@ -132,7 +136,7 @@ def over_seeds(rows: Iterable[Row]) -> dict[Setting, list[Row]]:
     """The rows of each setting, one a seed."""
     settings: dict[Setting, list[Row]] = {}
     for row in rows:
-        cell = Cell(**{key: row[key] for key in Cell.__dataclass_fields__})
+        cell = Cell(**{key: row[key] for key in Cell.__dataclass_fields__ if key in row})
         settings.setdefault(Setting.of(cell), []).append(row)
     return settings
 
@@ -164,11 +168,12 @@ def program_rows(rows: Iterable[Row]) -> list[Row]:
         steps.setdefault(case, {})[key.method] = found
     table = []
     for case, methods in steps.items():
-        seconds = {
-            method: statistics.fmean(row["step_s"] for row in found) for method, found in methods.items()
-        }
+        means = {method: mean_and_spread(found, "step_s") for method, found in methods.items()}
+        seconds = {method: None if mean is None else mean[0] for method, mean in means.items()}
+        base = seconds.get("loglinear")
         for method, found in methods.items():
-            ratio = seconds[method] / seconds["loglinear"] if "loglinear" in seconds else None
+            taken = seconds[method]
+            ratio = None if base is None or taken is None else taken / base
             peak = max((row["peak_mb"] for row in found if row.get("peak_mb")), default=None)
             row = {"case": case, "implementation": method, "seconds": seconds[method], "ratio": ratio}
             table.append({**row, "peak_mb": peak})

@@ -104,12 +104,12 @@ def _errors(settings: dict[Setting, list[Row]]) -> str:
 
 def _gain(settings: dict[Setting, list[Row]]) -> str:
     synchronous = [row for key, found in settings.items() if key.staleness == 0 for row in found]
-    base = mean_and_spread(synchronous, "samples_s")
+    by_seed = {row["seed"]: row["samples_s"] for row in synchronous}
     lines = [["", "policy", *(title for title, _, _ in GAIN)]]
     for key in sorted(settings, key=lambda key: (key.staleness, key.policy != "wait", key.policy)):
-        rows = settings[key]
-        if base is not None:
-            rows = [{**row, "speed_up": base[0] / row["samples_s"]} for row in rows]
+        rows = [
+            {**row, "speed_up": _over(by_seed.get(row["seed"]), row["samples_s"])} for row in settings[key]
+        ]
         name = f"bound {key.staleness}" if key.staleness else "synchronous"
         numbers = [_number(rows, quantity, spec) for _, quantity, spec in GAIN]
         lines.append([name, key.policy if key.staleness else "", *numbers])
@@ -121,11 +121,19 @@ def _derived(row: Row) -> Row:
     parts = sum(row[f"{part}_s"] or 0.0 for part in PARTS)
     return {
         **row,
-        "clip_percent": 100 * row["clip_ratio"],
-        "other_s": row["step_s"] - parts,
-        "trainer_idle_percent": 100 * row["trainer_idle"],
-        "generator_idle_percent": 100 * row["generator_idle"],
+        "clip_percent": _percent(row["clip_ratio"]),
+        "other_s": None if row["step_s"] is None else row["step_s"] - parts,
+        "trainer_idle_percent": _percent(row["trainer_idle"]),
+        "generator_idle_percent": _percent(row["generator_idle"]),
     }
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _over(one: float | None, other: float | None) -> float | None:
+    return one / other if one and other else None
 
 
 def _order(key: Setting) -> tuple[bool, int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_a3po.config import load_config
 from megatron_a3po.errors import ConfigError, InputError
 from tests.run_files import write_rows
 from tests.trainer.command import ROOT, Command, spawn
@@ -72,7 +73,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     running.signal(signal.SIGTERM)
     stopped = running.wait()
     assert stopped.code == 75, stopped.output
-    assert "stopped in recompute-d0-m2-s1: the same command goes on from here" in stopped.output
+    assert "stopped in recompute-d0-m2-s1" in stopped.output
+    assert stopped.output.rstrip().endswith("stopped: the same command goes on from here")
     kept = {path: path.read_bytes() for path in (first / "metrics.jsonl", out / "start/metrics.jsonl")}
     ended = start(*grid).wait()
     assert ended.code == 0, ended.output
@@ -129,18 +131,42 @@ def test_the_tables_and_the_rows_are_those_of_the_runs(out: Path) -> None:
 
 
 def test_the_default_grid_is_what_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
-    cells = importlib.import_module("reproduce_cells")
-    found = cells.grid(cells.COMPARED, (0, 2, 8), (), (4,), (1, 2, 3), 60)
+    found = asked_for()
     assert len(found) == len({cell.name for cell in found}) == 4 * 3 * 3 + 3 + 1
+    assert {cell.steps for cell in found} == {60}
+    assert {cell.lr_warmup_iters for cell in found} == {40}
     assert [cell.seed for cell in found[:-1]] == sorted(cell.seed for cell in found[:-1])
     assert {(cell.method, cell.seed) for cell in found if cell.method in ("metrics", "forced")} == {
         ("metrics", 1),
         ("forced", 1),
     }
-    gain = cells.gain_grid("loglinear", (1, 2, 4, 8), 1, 1, 30)
-    assert len({cell.name for cell in gain}) == 1 + 4 * 3
+    gain = asked_for("--asynchronous", "--steps", "20")
+    assert len({cell.name for cell in gain}) == 3 * (1 + 4 * 3)
     assert "rollout.max_staleness=0" in gain[0].overrides()
     assert all("rollout.filter_no_signal=false" in cell.overrides() for cell in gain)
+    assert len({cell.name for cell in asked_for("--asynchronous", "--seeds", "7")}) == 1 + 4 * 3
+
+
+def asked_for(*arguments: str) -> list[Any]:
+    reproduce = importlib.import_module("reproduce")
+    config = str(ROOT / "examples/reproduce/config.yaml")
+    parsed = reproduce._arguments([config, "--out", "nowhere", *arguments])
+    return reproduce.planned(parsed, load_config(config, check_files=False))
+
+
+def test_the_whole_grid_warms_up_for_as_many_steps_everywhere() -> None:
+    found = asked_for("--full")
+    assert len(found) == len({cell.name for cell in found}) == 293
+    assert {(cell.mini_batches, cell.lr_warmup_iters) for cell in found} == {(1, 10), (4, 40)}
+    assert "actor.lr_warmup_iters=10" in next(cell for cell in found if cell.mini_batches == 1).overrides()
+
+
+@pytest.mark.parametrize(
+    "more", [["--methods", "linear"], ["--staleness", "2"], ["--mini-batches", "1", "4"]]
+)
+def test_what_the_asynchronous_gain_would_drop_is_refused(more: list[str]) -> None:
+    with pytest.raises(InputError, match=f"leave out .*{more[0]}, or ask for that in a call of its own"):
+        asked_for("--asynchronous", *more)
 
 
 def test_a_cell_that_cannot_be_is_refused_before_any_runs(out: Path) -> None:
@@ -158,7 +184,7 @@ def test_a_run_of_another_task_or_length_is_not_taken_for_this_one(out: Path, tm
     cells, reproduce = importlib.import_module("reproduce_cells"), importlib.import_module("reproduce")
     config = out.parent / "task.yaml"
     asked = Namespace(config=str(config), out=out)
-    there = cells.Cell("loglinear", "fixed", 1, 2, 1, STEPS)
+    there = cells.Cell("loglinear", "fixed", 1, 2, 1, STEPS, lr_warmup_iters=4)
     reproduce.refuse_others(asked, [there, cells.Cell("loglinear", "fixed", 3, 2, 1, STEPS + 1)])
     with pytest.raises(InputError, match=r"loglinear-d1-m2-s1 is a run with another trainer\.steps: give"):
         reproduce.refuse_others(asked, [replace(there, steps=STEPS + 1)])
@@ -166,6 +192,22 @@ def test_a_run_of_another_task_or_length_is_not_taken_for_this_one(out: Path, tm
     Path(asked.config).write_text(config.read_text().replace("lr: 0.001", "lr: 0.002"))
     with pytest.raises(InputError, match=r"another actor\.lr: give another --out"):
         reproduce.refuse_others(asked, [there])
+    Path(asked.config).write_text(config.read_text().replace("steps: 2\n", "steps: 3\n"))
+    with pytest.raises(
+        InputError, match=r"start is a run with another warm_start\.steps: give another --out"
+    ):
+        reproduce.refuse_others(asked, [there])
+
+
+def test_a_plot_has_a_point_for_each_step_of_a_short_run() -> None:
+    plots = importlib.import_module("reproduce_plots")
+    axis = plots.pyplot.subplots()[1]
+    for steps, points in ((1, 1), (3, 3), (60, 56)):
+        plots._line(axis, [[{"x": float(step)} for step in range(steps)]], "x", "black", "")
+        line = axis.lines[-1]
+        assert len(line.get_xdata()) == points
+        assert (line.get_marker() == ".") == (steps < 20)
+    plots.pyplot.close("all")
 
 
 def test_a_number_that_a_step_has_not_costs_no_table(out: Path, tmp_path: Path) -> None:
@@ -174,15 +216,25 @@ def test_a_number_that_a_step_has_not_costs_no_table(out: Path, tmp_path: Path) 
     shutil.copytree(out / "cells", folder / "cells", ignore=shutil.ignore_patterns("export", "checkpoints"))
     file = folder / "cells" / "loglinear-d1-m2-s1" / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    rows[1] |= {"importance_weight/max": None, "time/step": None}
-    del rows[2]["rollout/idle_s"]
+    largest = "ppo_actor/update/importance_weight/max"
+    assert rows[1][largest] is not None
+    for row in rows:
+        row |= {largest: None, "ppo_actor/update/clip_ratio": None, "time/step": None}
+        row.pop("rollout/idle_s", None)
     write_rows(file, rows)
     found, whole = (
         next(row for row in results.read_results(one) if row["name"] == file.parent.name)
         for one in (folder, out)
     )
     assert found.keys() == whole.keys()
-    assert found["importance_weight_largest"] <= whole["importance_weight_largest"]
+    missing = {"importance_weight_largest", "clip_ratio", "step_s", "trainer_idle", "generator_idle"}
+    assert missing <= {name for name, value in found.items() if value is None}
+    assert not missing & {name for name, value in whole.items() if value is None}
+    rows = results.read_results(folder)
+    tables = dict(importlib.import_module("reproduce_tables").tables(rows))
+    assert "| 1 | loglinear | 1 |" in tables["Time, 2 mini-batches"]
+    assert results.program_rows(rows)
+    assert importlib.import_module("reproduce_plots").draw(rows, folder / "cells", folder)
 
 
 def row_by_hand(**changes: Any) -> dict[str, Any]:
@@ -211,6 +263,17 @@ def test_the_asynchronous_gain_is_against_the_synchronous_run() -> None:
     lines = dict(tables.tables([asynchronous, synchronous]))["Asynchronous gain"].splitlines()
     assert lines[2].startswith("| synchronous |  | 30.0 | 1.00 | 20 | 50 |")
     assert lines[3].startswith("| bound 2 | drop | 20.0 | 1.50 | 20 | 50 |")
+    # Seed against seed: a slow day of one is none of the other's.
+    rows = [synchronous, asynchronous, {**synchronous, "seed": 2, "samples_s": 60.0}]
+    lines = dict(tables.tables([*rows, {**asynchronous, "seed": 2, "samples_s": 40.0}]))["Asynchronous gain"]
+    assert "| bound 2 | drop | 30.0 ± 14.1 | 1.50 ± 0.00 |" in lines
+
+
+def test_the_page_of_results_is_that_of_its_rows() -> None:
+    tables = importlib.import_module("reproduce_tables")
+    page = (ROOT / "docs/results.md").read_text()
+    for title, table in tables.tables(json.loads((ROOT / "docs/results/results.json").read_text())):
+        assert table in page, title
 
 
 def test_programs_get_the_time_of_a_step_against_loglinear() -> None:
