@@ -44,20 +44,12 @@ class StopWish:
             os.write(2, HEARD)  # the answer may be minutes away; a log handler's lock may be held here
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent: int) -> None:
     """Called first thing in a forked child. Linux only; elsewhere a broken process group or pipe ends it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def be_a_servant() -> None:
-    """For a forked child that only serves its parent: ends with it, and leaves signals to it.
-
-    A Slurm step signals every process of a job; the parent may still need its servant for a checkpoint.
-    """
-    end_with_parent()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if os.getppid() != parent:  # it was quicker
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 _passings: Counter[str] = Counter()

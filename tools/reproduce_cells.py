@@ -160,7 +160,7 @@ def run_command(
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    process = multiprocessing.get_context("fork").Process(target=_command, args=(arguments, log))
+    process = multiprocessing.get_context("fork").Process(target=_command, args=(arguments, log, os.getpid()))
     process.start()
     told = False
     while process.is_alive():
@@ -176,8 +176,8 @@ def last_words(log: Path, lines: int = 5) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
-def _command(arguments: Sequence[str], log: Path) -> None:
-    end_with_parent()
+def _command(arguments: Sequence[str], log: Path, parent: int) -> None:
+    end_with_parent(parent)
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(target, 1)
     os.dup2(target, 2)

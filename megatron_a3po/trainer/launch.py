@@ -57,7 +57,7 @@ def _launch_here(config: Config, resume: str, stop: StopWish) -> int:
         rendezvous = f"file://{directory}/rendezvous"
 
         def rank_main(rank: int) -> None:
-            end_with_parent()
+            end_with_parent(parent)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches all; the parent answers it
             try:
                 code = run_rank(config, Place(rank, world_size, rank, rendezvous), beginning, resume, stop)

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from megatron_a3po.lifetime import end_with_parent
@@ -199,7 +200,7 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                preexec_fn=end_with_parent,  # also where this process is killed
+                preexec_fn=partial(end_with_parent, os.getpid()),  # also where this process is killed
             )
 
     def _configure(self) -> None:
