@@ -56,6 +56,8 @@ def _launch_here(config: Config, resume: str, stop: StopWish) -> int:
     with tempfile.TemporaryDirectory(prefix="a3po-") as directory:
         rendezvous = f"file://{directory}/rendezvous"
 
+        parent = os.getpid()
+
         def rank_main(rank: int) -> None:
             end_with_parent(parent)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches all; the parent answers it
