@@ -95,7 +95,8 @@ def _line(axis: Any, runs: list[list[Row]], metric: str, colour: str, label: str
     values = np.array([[row.get(metric, np.nan) for row in run[:length]] for run in runs], dtype=float)
     window = max(1, min(SMOOTHED_STEPS, length // 10))
     # A step without a value, such as one before whose batch nothing was scored, leaves the others their mean.
-    smooth = np.nanmean(np.lib.stride_tricks.sliding_window_view(values, window, axis=1), axis=2)
+    windows = np.lib.stride_tricks.sliding_window_view(values, window, axis=1)
+    smooth = np.ma.masked_invalid(windows).mean(axis=2).filled(np.nan)
     steps = np.arange(window, length + 1)
     axis.plot(
         steps,
