@@ -154,6 +154,8 @@ def test_requests_under_way_go_on_under_the_new_weights(
     num_bytes = (vllm_server.versions[2] / "model.safetensors").stat().st_size
     assert abs(metrics["publish/bytes"] - num_bytes) < 10_000
     assert 0 < metrics["publish/stall_s"] <= metrics["publish/duration_s"]
+    if is_staged:
+        assert "in a shadow of the model" in (vllm_server.versions[0].parent / "vllm.log").read_text()
 
 
 async def some_under_way(engine: VllmEngine, generating: "asyncio.Task[Any]") -> None:

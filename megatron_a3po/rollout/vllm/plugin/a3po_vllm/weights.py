@@ -16,11 +16,14 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.logger import init_logger
 
 from a3po_vllm.loading import finish, load
 from a3po_vllm.receiving import NamedTensors, Receiver
 from a3po_vllm.shadow import Shadow, can_be_shadowed
 from a3po_vllm.staging import Kept, Room, StagedUpdate
+
+logger = init_logger("vllm.a3po")
 
 
 @dataclass
@@ -77,7 +80,9 @@ class PublishedWeights(WeightTransferEngine[Nothing, Update]):
 
     def _room(self) -> Room:
         if can_be_shadowed(self.model):
+            logger.info("weights are staged in a shadow of the model: generation stands still for a copy")
             return Shadow(self.model, self.model_config)
+        logger.info("weights are staged as they come: generation stands still while this model loads them")
         return Kept(self._load)
 
     def _load(self, buckets: Iterable[NamedTensors]) -> None:
