@@ -2,8 +2,9 @@
 
 Writes a random Qwen2 of some 500 MB in fp32, starts two vLLM servers, and publishes the weights to one that generates
 all the while: as files and over the collective transport, staged in host memory and not. Beside them is the floor: the
-same buckets over the same transport to a process that does nothing with them. Then the servers' throughput, one against
-both. All in one run, the ways taking turns; each figure is the median of the rounds.
+same buckets over the same transport to a process that does nothing with them, into memory that it has used before, and
+into memory that it fetches from the system for each. Then the servers' throughput, one against both. All in one run,
+the ways taking turns; each figure is the median of the rounds.
 
     PYTHONPATH=. OMP_NUM_THREADS=1 python tools/benchmark_publishing.py --vllm-python .venv-vllm/bin/python
 
@@ -117,7 +118,9 @@ def write_model(folder: Path, layers: int) -> None:
 def discard(arguments: dict[str, Any], num_bytes: list[int], device: torch.device, rounds: int) -> None:
     """The other end of the raw copy."""
     channel = Channel(rank=1, size=2, device=device, **arguments)
+    buffers = [torch.zeros(size, dtype=torch.uint8, device=device) for size in num_bytes]
     for _ in range(rounds):
+        send(channel, buffers)
         send(channel, [torch.empty(size, dtype=torch.uint8, device=device) for size in num_bytes])
     channel.close()
 
@@ -132,8 +135,9 @@ def send(channel: Channel, buffers: list[torch.Tensor]) -> None:
         channel.wait(work)
 
 
-def raw_copy(bench: Bench, rounds: int) -> Iterator[float]:
-    """Seconds of one raw copy after another: the buckets to another process over the collective transport."""
+def raw_copy(bench: Bench, rounds: int) -> Iterator[tuple[float, float]]:
+    """Seconds of one raw copy after another: the buckets to another process over the collective transport, into used
+    memory and into fresh."""
     sizes = [bucket.num_bytes for bucket in plan_buckets(bench.export().announced, bench.bucket_bytes)]
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
     backend = "nccl" if bench.device.type == "cuda" else "gloo"
@@ -154,7 +158,9 @@ def raw_copy(bench: Bench, rounds: int) -> Iterator[float]:
     for _ in range(rounds):
         begun = time.perf_counter()
         send(channel, buffers)
-        yield time.perf_counter() - begun
+        used = time.perf_counter()
+        send(channel, buffers)
+        yield used - begun, time.perf_counter() - used
     channel.close()
     process.join()
 
@@ -223,24 +229,20 @@ async def measure(bench: Bench, urls: Sequence[str], rounds: int) -> list[dict[s
     )
     transports: dict[str, Transport] = {"files": FilesTransport(), "collective": collective}
     raw = raw_copy(bench, rounds)
-    raws: list[float] = []
+    raws: list[tuple[float, float]] = []
     found: dict[tuple[str, str], list[dict[str, float]]] = {way: [] for way in WAYS}
     for number in range(rounds):
         raws.append(await asyncio.to_thread(next, raw))
         for way in WAYS:
             found[way].append(await publish(bench, transports[way[0]], urls[0], way[1], number))
             print(way, found[way][-1], flush=True)
+        print("raw copy", raws[-1], flush=True)
     next(raw, None)
-    floor = statistics.median(raws)
-    num_bytes = found["collective", "none"][0]["bytes"]
+    floor, fresh = (statistics.median(seconds) for seconds in zip(*raws, strict=True))
+    raw_row = {"implementation": "collective", "bytes": found["collective", "none"][0]["bytes"]}
     rows: list[dict[str, Any]] = [
-        {
-            "case": "raw copy",
-            "implementation": "collective",
-            "seconds": floor,
-            "bytes": num_bytes,
-            "ratio": 1.0,
-        }
+        {"case": "raw copy", **raw_row, "seconds": floor, "ratio": 1.0},
+        {"case": "raw copy, fresh memory", **raw_row, "seconds": fresh, "ratio": floor / fresh},
     ]
     for (transport, staging), several in found.items():
         row: dict[str, Any] = {name: statistics.median(one[name] for one in several) for name in several[0]}
