@@ -70,9 +70,13 @@ def cut(model: Path) -> None:
     os.truncate(model / "model-2.safetensors", (model / "model-2.safetensors").stat().st_size - 1)
 
 
-def only_pickles(model: Path) -> None:
+def no_weights(model: Path) -> None:
     for file in model.glob("model*"):
         file.unlink()
+
+
+def only_pickles(model: Path) -> None:
+    no_weights(model)
     (model / "pytorch_model.bin").write_bytes(b"")
 
 
@@ -104,6 +108,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["model.safetensors.index.json names model-2.safetensors, which is missing", "copy it there"],
     ),
     "truncated shard": (cut, ["model-2.safetensors is cut short", "copy or download it again"]),
+    "no weights": (
+        no_weights,
+        ["no *.safetensors", "or start from random weights with model.initialization="],
+    ),
     "no safetensors": (only_pickles, ["only as pytorch_model.bin", "if you trust its origin", "python -c"]),
     "tensor the index invents": (
         shard({}),

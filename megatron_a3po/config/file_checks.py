@@ -44,7 +44,8 @@ def _model(config: Config) -> Iterator[Problem]:
     yield from launch_problems(config, shape)
     folder = Path(config.model.hf_path)
     if config.model.initialization == "pretrained":
-        for sentence in weight_problems(folder, shape):
+        random = ", or start from random weights with model.initialization=random"
+        for sentence in weight_problems(folder, shape, or_else=random):
             yield Problem((*key, "model.initialization"), f"model.hf_path: {sentence}")
     if config.needs_rollouts or config.warm_start is not None:
         for sentence in tokenizer_problems(folder, shape.vocab_size):

@@ -35,10 +35,13 @@ class TensorHeader:
     shape: tuple[int, ...]
 
 
-def weight_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
-    """One sentence for each thing wrong with the weight files of a model of this shape, by their headers alone."""
+def weight_problems(folder: Path, shape: ModelShape, *, or_else: str = "") -> Iterator[str]:
+    """One sentence for each thing wrong with the weight files of a model of this shape, by their headers alone.
+
+    or_else: what one may do besides where there are none.
+    """
     try:
-        headers = read_headers(folder)
+        headers = read_headers(folder, or_else=or_else)
     except InputError as error:
         yield from error.problems
         return
@@ -50,12 +53,12 @@ def weight_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
         )
 
 
-def read_headers(folder: Path) -> dict[str, TensorHeader]:
+def read_headers(folder: Path, *, or_else: str = "") -> dict[str, TensorHeader]:
     """Every tensor in the folder's weight files. Errors: InputError with a sentence for each file that is not whole,
     for tensors that lie in two files, that the index names and no file holds, or that are quantised."""
     headers: dict[str, TensorHeader] = {}
     problems = []
-    for file in weight_files(folder):
+    for file in weight_files(folder, or_else=or_else):
         try:
             own = _headers_of(file)
         except InputError as error:
@@ -74,7 +77,7 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     return headers
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, *, or_else: str = "") -> list[Path]:
     """The safetensors files of the model in `folder`: those its index names, the one file, or all there are."""
     index, one = folder / INDEX_FILE, folder / ONE_FILE
     if index.is_file():
@@ -88,17 +91,14 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := [file.name for file in files if not file.is_file()]:
         raise InputError(f"{index} names {listed(missing)}, which is missing: copy it there.")
     if not files:
-        raise InputError(_without_safetensors(folder))
+        raise InputError(_without_safetensors(folder, or_else))
     return files
 
 
-def _without_safetensors(folder: Path) -> str:
+def _without_safetensors(folder: Path, or_else: str) -> str:
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if not pickles:
-        return (
-            f"{folder} has no *.safetensors: give the folder of a Hugging Face checkpoint, or start from random "
-            "weights with model.initialization=random."
-        )
+        return f"{folder} has no *.safetensors: give the folder of a Hugging Face checkpoint{or_else}."
     # Loading a pickle runs what is in it, so that is left to the user.
     convert = (
         f"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}', dtype='auto')"

@@ -9,7 +9,6 @@ import torch
 
 from megatron_a3po.config import read_model_shape
 from megatron_a3po.config.actor import ActorSection
-from megatron_a3po.config.weight_files import PICKLES
 from megatron_a3po.errors import InputError
 from megatron_a3po.weights.aside import aside_of, drop_aside, replaced_of
 from megatron_a3po.weights.families import Table, table_of
@@ -38,10 +37,6 @@ def hugging_face_to_megatron(
     """Errors: InputError where `source` is not whole, is of no known family, damaged or cannot be cut for `ranks`."""
     output = _checked_output(source, output, overwrite)
     table = table_of(read_model_shape(source))
-    if not any(
-        any(source.glob(pattern)) for pattern in ("*.safetensors", "*.safetensors.index.json", *PICKLES)
-    ):
-        raise InputError(f"{source} has no *.safetensors: give the folder of a Hugging Face checkpoint")
     tensors = SafetensorsSource(source, table)
     padded = ActorSection(tensor_model_parallel_size=ranks.tensor_model_parallel_size).padded_vocab_size(
         table.shape.vocab_size

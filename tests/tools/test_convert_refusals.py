@@ -62,7 +62,7 @@ def test_bad_input_is_a_sentence(qwen2: Path, converted: Path, tmp_path: Path):
         (["hf-to-megatron", qwen2, qwen2.parent, "--overwrite"], "holds what is to be converted"),
         (["megatron-to-hf", qwen2, out], "no distributed checkpoint"),
         (["hf-to-megatron", qwen2, out, "--expert-model-parallel-size=2"], "has no experts"),
-        (["hf-to-megatron", bare, out], "no *.safetensors: give the folder of a Hugging Face checkpoint\n"),
+        (["hf-to-megatron", bare, out], "no *.safetensors: give the folder of a Hugging Face checkpoint.\n"),
         (["megatron-to-hf", cut, out], f"{cut}/__1_0.distcp is missing or has another size than in manifest"),
         (["megatron-to-hf", unlisted, out], "cannot be read"),
         (["megatron-to-hf", unknown, out], "put the model's config.json and tokenizer there"),
