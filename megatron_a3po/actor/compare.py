@@ -179,7 +179,9 @@ class _Recorder:
 @torch.no_grad()
 def _by_transformers(path: Path, shape: ModelShape, tokens: Tensor) -> Observed:
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -59,6 +59,7 @@ def test_a_family_goes_there_and_back_bit_for_bit_and_computes_the_same(tmp_path
     assert len(list(megatron.glob("*.distcp"))) == (8 if family in EXPERTS else 4)
     assert "equal (tolerance 1e-05)" in ended[2].output
     assert "first divergence" not in ended[2].output
+    assert ended[2].error == ""
     assert f"wrote {back}" in ended[1].output
 
 
