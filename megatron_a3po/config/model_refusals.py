@@ -34,7 +34,9 @@ def family_problems(values: Values, families: Iterable[str]) -> Iterator[str]:
     """That the family is none of `families`."""
     model_type = values.get("model_type")
     if model_type not in list(families):
-        yield f"model_type is {shown(model_type)}, but only these are supported: {', '.join(families)}."
+        # The folder of a model that also sees has the text model's keys a level down.
+        sees = ", a model of more than text (it has a text_config)" if "text_config" in values else ""
+        yield f"model_type is {shown(model_type)}{sees}, but only these are supported: {', '.join(families)}."
 
 
 def plain_problems(values: Values) -> Iterator[str]:

@@ -316,7 +316,11 @@ def test_as_published_and_as_transformers_writes_it_again(tmp_path: Path, model:
             "num_key_value_heads is 32 (the family's default, as the key is missing), but must divide",
         ),
         ({"hidden_size": 66}, "hidden_size is 66, but without head_dim must be a multiple of twice"),
-        ({"model_type": "gemma3"}, "only these are supported: deepseek_v3, gemma3_text, llama,"),
+        (
+            {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+            'model_type is "gemma3", a model of more than text (it has a text_config), but only these are '
+            "supported: deepseek_v3, gemma3_text, llama,",
+        ),
     ],
     ids=str,
 )
