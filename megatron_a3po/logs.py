@@ -8,6 +8,7 @@ logs, see `trainer/`.
 import faulthandler
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -43,6 +44,18 @@ class SpokenFormatter(logging.Formatter):
         return self.warning.format(record) if record.levelno >= logging.WARNING else super().format(record)
 
 
+class LogFile(logging.FileHandler):
+    """A full disk takes records, not the run, and not a traceback for each of them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 def set_up_logs(run_dir: str | Path | None, process_name: str, *, speaks: bool) -> StepFilter:
     """Send this process's records to <run_dir>/logs/<process_name>.log, and to stderr if it `speaks`.
 
@@ -56,7 +69,7 @@ def set_up_logs(run_dir: str | Path | None, process_name: str, *, speaks: bool) 
     if run_dir is not None:
         folder = Path(run_dir) / "logs"
         folder.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(folder / f"{process_name}.log", encoding="utf-8")
+        to_file = LogFile(folder / f"{process_name}.log", encoding="utf-8")
         to_file.setFormatter(logging.Formatter(FILE_FORMAT))
         handlers.append(to_file)
         assert to_file.stream is not None, "a FileHandler opens its file at once"

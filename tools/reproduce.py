@@ -60,8 +60,8 @@ from reproduce_cells import (  # noqa: E402
 from reproduce_results import program_rows, read_results, write_rows  # noqa: E402
 from reproduce_tables import tables  # noqa: E402
 
-from megatron_a3po.trainer.recovery import write_aside  # noqa: E402
 from megatron_a3po.trainer.summary import duration, read_summary  # noqa: E402
+from megatron_a3po.weights.aside import write_aside  # noqa: E402
 
 FULL_STALENESS = (0, 1, 2, 4, 8, 16)
 FULL_BOUNDS = (1, 2, 4, 8)

@@ -146,7 +146,7 @@ def _at(trained: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def save_batch(path: Path, batch: Batch) -> None:
-    """Keep a batch for replay. Written aside and renamed."""
+    """Keep a batch for replay. Written aside and renamed. Errors: OSError leaves nothing."""
     trajectories = batch.trajectories
     arrays: dict[str, Any] = {
         "current_version": np.int64(batch.version),
@@ -168,9 +168,13 @@ def save_batch(path: Path, batch: Batch) -> None:
         arrays[name] = np.concatenate([getattr(t, name) for t in trajectories])
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
-    with aside.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
-    aside.rename(path)
+    try:
+        with aside.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
+        aside.rename(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def load_batch(path: Path) -> Batch:

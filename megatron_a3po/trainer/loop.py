@@ -4,6 +4,7 @@ wait for the batch of this version -> align -> train on it -> publish the new we
 """
 
 import contextlib
+import logging
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +31,12 @@ from megatron_a3po.trainer.shown import Shown
 from megatron_a3po.trainer.source import Source, from_main
 from megatron_a3po.trainer.step import train_step
 from megatron_a3po.trainer.trace import follow
+from megatron_a3po.weights.aside import what_failed
 from megatron_a3po.weights.publishing import forget_old_versions, version_directory
 from megatron_a3po.weights.transports.base import Transport
 from megatron_a3po.weights.transports.files import FilesTransport
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -61,9 +65,14 @@ class Run:
     step_filter: StepFilter
     reference: Reference | None = None
     num_published: int = 0
+    unpublished: OutputError | None = None  # why the weights of this moment are not
     transport: Transport = field(default_factory=FilesTransport)
     clock: Clock = field(default_factory=Clock)
     timeline: list[Span] = field(default_factory=list)  # of this rank, in the steps of `trainer.trace`
+    served: int = field(init=False)  # the newest version that engines can have
+
+    def __post_init__(self) -> None:
+        self.served = self.progress.step
 
     @property
     def run_dir(self) -> Path:
@@ -91,11 +100,13 @@ def train(run: Run) -> bool:
         if run.source.publishes:
             with run.clock("publish"):
                 publish(run)
-                prove_update(run)
+                if run.unpublished is None:
+                    prove_update(run)
         metrics |= probe(run, metrics)
         follow(run)
         write_down(run, batch, shown, metrics)
         stop_where_nothing_is_learned(run, metrics)
+        stop_where_nothing_new_is_sampled(run)
         with run.clock("checkpoint"):
             run.saving.go_on()
             if due(run.config.trainer.save_every, run.progress.step):
@@ -104,7 +115,8 @@ def train(run: Run) -> bool:
 
 
 def publish(run: Run) -> None:
-    """Make the weights of the version just made available and tell the rollout process. Collective."""
+    """Make the weights of the version just made available and tell the rollout process. Where they cannot be written,
+    the engines keep the ones they have, and the next step tries again with its own. Collective."""
     root, version = published_weights(run.attempt), run.progress.step
     directory = version_directory(root, version)
 
@@ -113,8 +125,13 @@ def publish(run: Run) -> None:
         cast(RolloutClient, run.client).publish(version, directory)
         forget_old_versions(root, keep=3 + run.config.rollout.bound)
 
-    run.transport.publish(run.actor.export(), version, directory, announce)
-    run.num_published += 1
+    try:
+        run.transport.publish(run.actor.export(), version, directory, announce)
+    except OutputError as error:
+        run.unpublished = error
+    else:
+        run.unpublished, run.served = None, version
+        run.num_published += 1
 
 
 def published_weights(attempt: Attempt) -> Path:
@@ -163,11 +180,18 @@ def write_down(run: Run, batch: Batch, shown: Shown, metrics: dict[str, Any]) ->
             intervals[0][0], intervals[-1][1]
         )
     if run.config.trainer.dump_batches:
-        save_batch(batch_path(run.run_dir / "batches", step), batch)
+        _dump(batch_path(run.run_dir / "batches", step), batch)
     run.journal.step(step, version, shown, metrics)
     run.progress.accuracy_before = run.journal.accuracy.get(0, run.progress.accuracy_before)
     if due(run.config.trainer.evaluate_every, step) and step < run.config.trainer.steps:
         evaluate(run)
+
+
+def _dump(file: Path, batch: Batch) -> None:
+    try:
+        save_batch(file, batch)
+    except OSError as error:
+        logger.error("%s: this batch is not kept, and the run goes on", what_failed(error, file))
 
 
 def evaluate(run: Run) -> None:
@@ -185,6 +209,25 @@ def stop_where_nothing_is_learned(run: Run, metrics: dict[str, Any]) -> None:
             f"(trainer.max_skipped_steps={run.config.trainer.max_skipped_steps}); lower actor.lr or look at the "
             f"trajectories named in {run.run_dir / 'logs'}"
         )
+
+
+def stop_where_nothing_new_is_sampled(run: Run) -> None:
+    """OutputError on every rank where weights could not be published and the bound allows no step without them."""
+    if run.unpublished is None:
+        return
+    version, rollout = run.progress.step, run.config.rollout
+    why = f"the weights of version {version} are not published: {run.unpublished}"
+    last = version == run.config.trainer.steps
+    if last or rollout.fixed_staleness is not None or version - run.served > rollout.bound:
+        key = "fixed_staleness" if rollout.fixed_staleness is not None else "max_staleness"
+        needs = "the end of the run" if last else f"rollout.{key}={rollout.bound}"
+        raise OutputError(f"{why}. Engines have version {run.served}, and {needs} needs newer ones")
+    logger.error(
+        "%s. The run goes on with samples of version %d, as far as rollout.max_staleness=%d allows",
+        why,
+        run.served,
+        rollout.bound,
+    )
 
 
 def due(every: int | None, step: int) -> bool:

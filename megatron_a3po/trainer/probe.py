@@ -27,7 +27,7 @@ def probe(run: "Run", metrics: dict[str, Any]) -> dict[str, float]:
         run.progress.steps_without_fresh_tokens = 0
         return {}
     run.progress.steps_without_fresh_tokens += 1
-    if run.progress.steps_without_fresh_tokens % run.config.trainer.probe_every:
+    if run.progress.steps_without_fresh_tokens % run.config.trainer.probe_every or run.unpublished:
         return {}
     version = run.progress.step
     try:

@@ -6,6 +6,7 @@ GPU still works off after a call has returned is not seen. The loop calls `follo
 """
 
 import json
+import logging
 import time
 from collections.abc import Iterable
 from itertools import groupby
@@ -18,11 +19,12 @@ from megatron_a3po.actor.grid import Grid
 from megatron_a3po.rollout.spans import Span
 from megatron_a3po.trainer.clock import Clock
 from megatron_a3po.trainer.recording import TRACE
-from megatron_a3po.trainer.recovery import write_aside
+from megatron_a3po.weights.aside import what_failed, write_aside
 
 if TYPE_CHECKING:
     from megatron_a3po.trainer.loop import Run
 
+logger = logging.getLogger(__name__)
 TRAINER = "trainer"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -39,7 +41,7 @@ def follow(run: "Run") -> None:
         if grid.is_main:
             start, end = min(span.start for span in spans), max(span.end for span in spans)
             spans += run.client.spans(start, end) if run.client else []
-            write_aside(run.run_dir / TRACE, json.dumps(trace_of(spans)))
+            _write(run.run_dir / TRACE, trace_of(spans))
 
 
 def spans_of(step: int, clock: Clock, track: str) -> list[Span]:
@@ -102,6 +104,13 @@ def lanes(spans: Iterable[Span], *, nested: bool) -> list[list[Span]]:
         rows[place].append(span)
         opened[place].append(span.end)
     return rows
+
+
+def _write(file: Path, trace: dict[str, Any]) -> None:
+    try:
+        write_aside(file, json.dumps(trace))
+    except OSError as error:
+        logger.error("%s: there is no timeline, and the run goes on", what_failed(error, file))
 
 
 def _moved(span: Span, seconds: float) -> Span:

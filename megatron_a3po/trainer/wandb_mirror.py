@@ -27,7 +27,7 @@ from megatron_a3po.errors import EXIT_DONE, A3POError, InputError
 from megatron_a3po.lifetime import STOP_SIGNALS
 from megatron_a3po.trainer.json_lines import plain
 from megatron_a3po.trainer.recording import METRICS
-from megatron_a3po.trainer.recovery import write_aside
+from megatron_a3po.weights.aside import write_aside
 
 WANDB = "wandb"
 SENT = "sent.json"

@@ -20,7 +20,7 @@ from megatron_a3po.actor.reference import Reference
 from megatron_a3po.actor.roll_call import RollCall
 from megatron_a3po.config import Config, read_model_shape
 from megatron_a3po.config.plan import plan_lines
-from megatron_a3po.errors import EXIT_DONE, EXIT_STOPPED, A3POError, ServersGone, TrainingError
+from megatron_a3po.errors import EXIT_DONE, EXIT_STOPPED, A3POError, OutputError, ServersGone, TrainingError
 from megatron_a3po.lifetime import StopWish
 from megatron_a3po.logs import StepFilter, set_up_logs
 from megatron_a3po.rollout.client import RolloutClient
@@ -200,7 +200,8 @@ def _train_or_save(run: Run) -> int:
 def _train(run: Run) -> int:
     """The loop between its first evaluation and its last, then the export."""
     loop.evaluate(run)
-    finished = loop.train(run)
+    with _checkpoint_before_the_end(run):
+        finished = loop.train(run)
     if not finished:
         if run.journal is not None:
             run.progress.accuracy_before = run.journal.first_accuracy(run.progress.accuracy_before)
@@ -211,12 +212,28 @@ def _train(run: Run) -> int:
     loop.evaluate(run)
     from_main(run.actor.grid, run.attempt.refuse_if_fenced)
     export = run.run_dir / "export"
-    run.actor.write_hugging_face(export, with_tokenizer=True)
+    with _checkpoint_before_the_end(run):
+        run.actor.write_hugging_face(export, with_tokenizer=True)
     wait_on_main(run.actor.grid, lambda timeout_s: cast(Journal, run.journal).settle(timeout_s))
     from_main(run.actor.grid, run.attempt.refuse_if_fenced)
-    if run.journal is not None:
-        run.journal.finish("done", run.progress.accuracy_before, export)
+    before = run.progress.accuracy_before
+    from_main(run.actor.grid, lambda: cast(Journal, run.journal).finish("done", before, export))
     return EXIT_DONE
+
+
+@contextmanager
+def _checkpoint_before_the_end(run: Run) -> Iterator[None]:
+    """A file that cannot be written ends the run; a checkpoint may find room all the same, or be elsewhere."""
+    try:
+        yield
+    except OutputError as error:
+        loop.save(run)
+        step = run.progress.step
+        if problem := run.saving.finish():
+            end = f"no checkpoint of step {step} either: {problem}. Run again to continue from the last"
+        else:
+            end = f"stopped after step {step} with a checkpoint: run again to continue"
+        raise OutputError([*error.problems, end]) from error
 
 
 def _warm_start(
