@@ -120,10 +120,10 @@ def launch_problems(config: Config, shape: ModelShape) -> Iterator[Problem]:
     rollout = config.rollout
     if rollout.engine != "vllm":
         return
-    if rollout.token_file is not None and not Path(rollout.token_file).is_file():
+    if rollout.token_file is not None and (why := _why_no_token(Path(rollout.token_file))) is not None:
         yield Problem(
             ("rollout.token_file",),
-            f"rollout.token_file: {rollout.token_file} is not there: give the file with the servers' bearer token.",
+            f"rollout.token_file: {rollout.token_file} {why}: give the file with the servers' bearer token.",
         )
     if rollout.launch is None:
         return
@@ -141,6 +141,18 @@ def launch_problems(config: Config, shape: ModelShape) -> Iterator[Problem]:
             f"{python} {why}: name an interpreter with vLLM >= 0.32 in rollout.vllm_python (`make install-vllm` makes "
             ".venv-vllm/bin/python).",
         )
+
+
+def _why_no_token(file: Path) -> str | None:
+    try:
+        token = file.read_text(encoding="ascii").strip()
+    except OSError as error:
+        return (
+            "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        )
+    except UnicodeDecodeError:
+        return "has characters that are not ASCII"
+    return None if token and token.isprintable() else "holds no token, one line of text"
 
 
 def _too_few_gpus(config: Config, num_servers: int) -> Iterator[Problem]:

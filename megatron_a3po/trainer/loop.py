@@ -100,6 +100,7 @@ def train(run: Run) -> bool:
         if run.source.publishes:
             with run.clock("publish"):
                 publish(run)
+            with run.clock("canary"):
                 if run.unpublished is None:
                     prove_update(run)
         metrics |= probe(run, metrics)

@@ -26,6 +26,7 @@ from megatron_a3po.logs import StepFilter, set_up_logs
 from megatron_a3po.rollout.client import RolloutClient
 from megatron_a3po.rollout.prompts import read_examples, tokenize
 from megatron_a3po.rollout.tokenizer import load_tokenizer
+from megatron_a3po.rollout.vllm.configured import refuse_unsuitable_servers
 from megatron_a3po.trainer import loop, recovery
 from megatron_a3po.trainer.attempt import Attempt
 from megatron_a3po.trainer.journal import Journal
@@ -126,6 +127,7 @@ def _session(
                 logger.warning(note)
             journal = stack.enter_context(Journal(config, attempt.number, tokenizer))
             journal.display.plan(plan_lines(config, shape, grid.dp.size))
+        from_main(grid, partial(refuse_unsuitable_servers, config))
         actor = Actor(
             config.actor,
             config.model,

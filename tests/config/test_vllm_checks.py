@@ -8,7 +8,7 @@ import pytest
 from megatron_a3po.config import read_model_shape, vllm_checks
 from megatron_a3po.config.plan import plan_lines
 from megatron_a3po.errors import ConfigError
-from megatron_a3po.rollout.engines import vllm
+from megatron_a3po.rollout.vllm import configured
 from megatron_a3po.rollout.vllm.places import LaunchedPlace
 
 SERVERS = "rollout.servers=['http://10.0.0.5:8000','https://node7']"
@@ -108,11 +108,24 @@ def test_a_launched_server_has_a_gpu_of_its_own(load, tmp_path: Path, monkeypatc
         load(*keys)
     monkeypatch.setattr(vllm_checks, "visible_gpus", lambda: ["0", "1", "2", "3"])
     config = load(*keys)
-    monkeypatch.setattr(vllm, "visible_gpus", lambda: ["4", "5", "6", "7"])
+    monkeypatch.setattr(configured, "visible_gpus", lambda: ["4", "5", "6", "7"])
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    places = vllm.launched_places(config, tmp_path, 1)
+    places = configured.launched_places(config, tmp_path, 1)
     variables = [place._launch.environment() for place in places if isinstance(place, LaunchedPlace)]
     assert [one["CUDA_VISIBLE_DEVICES"] for one in variables] == ["6", "7"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [(b"\n", "holds no token"), ("schlüssel".encode(), "not ASCII")],
+    ids=["empty", "bytes"],
+)
+def test_a_token_file_without_a_token_is_refused(load, tmp_path: Path, text: bytes, sentence: str):
+    (tmp_path / "token").write_bytes(text)
+    with pytest.raises(
+        ConfigError, match=f"rollout.token_file: .*/token (has|holds) .*{sentence.split()[-1]}"
+    ):
+        load("rollout.engine=vllm", SERVERS, f"rollout.token_file={tmp_path}/token")
 
 
 def test_the_plan_says_where_servers_are_and_what_an_update_does(load):

@@ -10,15 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_a3po.config import load_config
 from megatron_a3po.errors import ConfigError, ServersGone
 from megatron_a3po.rollout.prompts import Prompt
 from megatron_a3po.rollout.sampler import GroupSampler
 from megatron_a3po.rollout.statistics import RolloutCounters
 from megatron_a3po.rollout.vllm import fleet, updates
+from megatron_a3po.rollout.vllm.configured import refuse_unsuitable_servers
 from megatron_a3po.rollout.workflow import Stage, single_turn
 from tests.rollout.stand_in_server import Servers, StandInServer, request
 from tests.rollout.test_producers import LengthScorer
 from tests.rollout.tiny import tiny_tokenizer
+from tests.run_files import write_model, write_run
 
 GROUP = 4
 
@@ -171,6 +174,28 @@ def test_who_waits_for_a_server_is_told_why(tmp_path: Path, caplog: pytest.LogCa
     with pytest.raises(ServersGone, match=r"for 3 s .*: http://127.0.0.1:9: .*connect"):
         asyncio.run(all_of_it())
     assert "waiting for the vLLM server http://127.0.0.1:9: GET /health failed" in caplog.text
+
+
+def test_given_servers_are_looked_at_before_the_run_begins(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    async def all_of_it() -> None:
+        old = await StandInServer(write_model(tmp_path / "model")).start()
+        old.version = "0.31.0"
+        try:
+            servers = [f"rollout.servers=[{url}]" for url in (old.url, "http://127.0.0.1:9")]
+            right, absent = (
+                load_config(run_file, ["rollout.engine=vllm", one], check_files=False) for one in servers
+            )
+            await asyncio.to_thread(refuse_unsuitable_servers, absent)
+            assert "http://127.0.0.1:9 does not answer yet; it is waited for later" in caplog.text
+            with pytest.raises(ConfigError, match=r"is vLLM 0\.31\.0, which does not say"):
+                await asyncio.to_thread(refuse_unsuitable_servers, right)
+            old.version = "0.32.0"
+            await asyncio.to_thread(refuse_unsuitable_servers, right)
+        finally:
+            await old.close()
+
+    run_file = write_run(tmp_path)
+    asyncio.run(all_of_it())
 
 
 def test_what_is_no_vllm_server_is_refused(tmp_path: Path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_a3po.rollout.engines.vllm import name_of_run
+from megatron_a3po.rollout.vllm.configured import name_of_run
 from megatron_a3po.rollout.vllm.server import Server
 from megatron_a3po.trainer.recording import read_metrics
 from tests.trainer.held import hold_before

@@ -8,29 +8,23 @@ Servers and updates are in `rollout/vllm/`, which version is served when in `rol
 """
 
 import asyncio
-import hashlib
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from megatron_a3po.config import Config, read_model_shape
-from megatron_a3po.config.vllm_checks import RUN_TOKEN
-from megatron_a3po.environment import visible_gpus
+from megatron_a3po.config import Config
 from megatron_a3po.errors import RolloutError
 from megatron_a3po.rollout.engines.base import Sample, SampleRequest
 from megatron_a3po.rollout.spans import Span, name_of
 from megatron_a3po.rollout.trajectory import FinishReason
+from megatron_a3po.rollout.vllm.configured import find_launched_or_given, wanted_of
 from megatron_a3po.rollout.vllm.fleet import Fleet
-from megatron_a3po.rollout.vllm.places import GivenPlace, LaunchedPlace, Place, new_token_file
-from megatron_a3po.rollout.vllm.recipe import launch_of
-from megatron_a3po.rollout.vllm.registrations import Registrations
-from megatron_a3po.rollout.vllm.server import Server, Wanted
+from megatron_a3po.rollout.vllm.server import Server
 from megatron_a3po.rollout.vllm.wire import Foreign, Segment, ServerError, generate_body
 
 REMEMBERED_SEGMENTS = 100_000
@@ -246,85 +240,14 @@ def create_vllm_engine(
 ) -> VllmEngine:
     """The engine of a configuration; its servers are started and looked for while it already runs."""
     rollout = config.rollout
-    shape = read_model_shape(config.model.hf_path)
-    wanted = Wanted(
-        config.data.max_prompt_tokens + rollout.max_response_tokens,
-        shape,
-        None if config.actor.bf16 else "float32",
-    )
+    wanted = wanted_of(config)
     find_places = find_launched_or_given(config, run_dir, attempt)
     fleet = Fleet(find_places, version, directory, wanted=wanted, timeout_s=rollout.timeout_s)
     return VllmEngine(
         fleet,
-        eos_token_ids=shape.eos_token_ids,
+        eos_token_ids=wanted.shape.eos_token_ids,
         seed=config.trainer.seed,
         max_concurrent_samples=rollout.max_concurrent_samples,
         segment_tokens=rollout.segment,
         one_version=rollout.update_mode == "restart",
     )
-
-
-def find_launched_or_given(
-    config: Config, run_dir: Path, attempt: int
-) -> Callable[[], Awaitable[Sequence[Place]]]:
-    """How the fleet learns of its places: only `rollout.servers_file` may name others later."""
-    rollout = config.rollout
-    token = (
-        None if rollout.token_file is None else Path(rollout.token_file).read_text(encoding="ascii").strip()
-    )
-    run = name_of_run(run_dir)
-
-    def connect_with_token(url: str) -> Server:
-        return connect(config, url, token, run, attempt)
-
-    if rollout.servers_file is not None:
-        return Registrations(Path(rollout.servers_file), connect_with_token, rollout.timeout_s).find
-    places: Sequence[Place] = (
-        launched_places(config, run_dir, attempt)
-        if rollout.launch is not None
-        else [GivenPlace(url, connect_with_token, rollout.timeout_s) for url in rollout.servers or ()]
-    )
-
-    async def the_same() -> Sequence[Place]:
-        return places
-
-    return the_same
-
-
-def name_of_run(run_dir: Path) -> str:
-    """What servers know a run by, whatever its directory is called by now: who made its first attempt, and when."""
-    first = run_dir / "attempts" / "1"
-    return hashlib.sha256(first.read_bytes()).hexdigest()[:16] if first.is_file() else ""
-
-
-def connect(config: Config, url: str, token: str | None, run: str, attempt: int) -> Server:
-    rollout = config.rollout
-    return Server(
-        url,
-        token=token,
-        on_update=rollout.update_mode,
-        timeout_s=rollout.timeout_s,
-        is_staged=rollout.is_staged,
-        run=run,
-        attempt=attempt,
-    )
-
-
-def launched_places(config: Config, run_dir: Path, attempt: int) -> list[Place]:
-    """The trainer's ranks have this machine's first GPUs, the servers its last, one each."""
-    rollout = config.rollout
-    assert rollout.launch is not None
-    token_file = run_dir / RUN_TOKEN
-    token = new_token_file(token_file)
-    on_cpu = not torch.cuda.is_available()
-    launch = launch_of(config, token_file, rollout.launch, on_cpu=on_cpu)
-    gpus = [None] * rollout.launch if on_cpu else visible_gpus()[-rollout.launch :]
-    run = name_of_run(run_dir)
-    return [
-        LaunchedPlace(
-            replace(launch, gpu=gpu),
-            run_dir / "logs" / f"vllm-{number}.log",
-            lambda url: connect(config, url, token, run, attempt),
-        )
-        for number, gpu in enumerate(gpus)
-    ]

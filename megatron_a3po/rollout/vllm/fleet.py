@@ -215,9 +215,11 @@ class Fleet:
                 server = self._servers[place] = await place.open()
                 await server.refuse_unsuitable(self._wanted)
                 async with self._updating:
-                    for error in (await update_servers([server], *self._newest)).failed.values():
+                    updated = await update_servers([server], *self._newest)
+                    for error in updated.failed.values():
                         server.is_broken = True
                         raise error
+                    self.last_update = self.last_update or updated
                     await server.prove_answer()
                     self.serving.append(server)
                     await self._tell()

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_a3po.environment import LOCALHOST, child_environment
-from megatron_a3po.errors import ConfigError
 from megatron_a3po.rollout.vllm.server import Server
-from megatron_a3po.rollout.vllm.wire import BACKEND, STAGING, Missing, ServerError, Unreachable
+from megatron_a3po.rollout.vllm.wire import BACKEND, STAGING, ServerError, Unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -235,8 +234,6 @@ async def _wait_until_healthy(
         place.check()
         try:
             await server.check_health()
-        except Missing as error:
-            raise ConfigError(f"{server} is no vLLM server: {error}; give the address of one.") from None
         except ServerError as error:
             if is_given and not place.trouble:  # one that we launch takes its time
                 logger.warning("waiting for the vLLM server %s: %s", place, error)

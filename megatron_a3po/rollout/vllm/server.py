@@ -226,6 +226,8 @@ class Server:
             await self._call("GET", "/health", timeout=QUICK_S)
         except TimedOut:
             raise
+        except Missing as error:
+            raise ConfigError(f"{self.url} is no vLLM server: {error}; give the address of one.") from None
         except Unreachable:  # maybe only a connection that was ending, see LAST_ON_IT
             await self._call("GET", "/health", timeout=QUICK_S)
 
