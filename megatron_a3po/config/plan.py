@@ -22,6 +22,7 @@ def plan_lines(config: Config, shape: ModelShape, data_parallel_size: int) -> li
         *_engine(config),
         *_staleness(config),
         *_warm_start(config),
+        *_checkpoints(config),
     ]
     return [*lines, *(f"note       {sentence}" for sentence in cautions(config, shape))]
 
@@ -194,6 +195,16 @@ def _warm_start(config: Config) -> Iterator[str]:
             f"before     {_count(warm_start.steps, 'supervised step')} of {warm_start.batch_size} examples "
             f"from {warm_start.data or config.data.train}"
         )
+
+
+def _checkpoints(config: Config) -> Iterator[str]:
+    warm = "" if config.warm_start is None else "after the warm start, and "
+    every, kept = config.trainer.save_every, _count(config.trainer.keep_last, "checkpoint")
+    if every is None:
+        cost = "a kill costs all its steps: trainer.save_every is not set"
+        yield f"saved      {warm}when a signal stops the run; {cost}"
+    else:
+        yield f"saved      {warm}after every {'step' if every == 1 else f'{every} steps'}; {kept} kept"
 
 
 def _count(number: int, singular: str, plural: str | None = None) -> str:

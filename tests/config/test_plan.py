@@ -37,6 +37,24 @@ def test_several_copies_run_equally_many_forwards(load):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            [],
+            "saved      when a signal stops the run; a kill costs all its steps: trainer.save_every is not set",
+        ),
+        (["trainer.save_every=1"], "saved      after every step; 2 checkpoints kept"),
+        (
+            ["trainer.save_every=20", "trainer.keep_last=1", "warm_start={steps: 30}"],
+            "saved      after the warm start, and after every 20 steps; 1 checkpoint kept",
+        ),
+    ],
+)
+def test_what_a_kill_costs(load, overrides: list[str], sentence: str):
+    assert f"{sentence}\n" in plan(load(*overrides)) + "\n"
+
+
+@pytest.mark.parametrize(
     ("tensor_size", "divisor", "padded", "sentence"),
     [
         (1, 1, 30, "vocabulary of 30 tokens"),
