@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import httpx2
@@ -131,19 +131,47 @@ def test_kept_caches_are_those_of_the_old_weights(vllm_server: VllmServer):
 
 
 def test_a_restarted_response_is_of_one_version(vllm_server: VllmServer):
-    async def run():
-        async with vllm_server.engine(on_update="restart", eos=False, segment_tokens=100) as engine:
-            requests = [request(index) for index in range(4)]
-            await engine.generate(requests)
-            generating = asyncio.create_task(engine.generate(requests))
-            await asyncio.sleep(0.3)
-            await engine.update_weights(1, vllm_server.versions[1])
-            return requests, await generating
+    requests = [request(index) for index in range(4)]
 
-    requests, samples = asyncio.run(run())
+    async def run() -> Sequence[Sample]:
+        async with vllm_server.engine(on_update="restart", eos=False, segment_tokens=100) as engine:
+            await engine.generate(requests)
+            begun = time.monotonic()
+            await engine.generate(requests)
+            duration = time.monotonic() - begun
+            for version in range(1, 6):
+                begun = time.monotonic()
+                generating = asyncio.create_task(engine.generate(requests))
+                await asyncio.sleep(duration / 3)
+                await engine.update_weights(version, vllm_server.versions[version % 3])
+                samples = await generating
+                generated = sum(span.details["tokens"] for span in engine.spans(begun, time.monotonic()))
+                if generated > 4 * LONG:  # what the update reached was thrown away
+                    return samples
+            return pytest.fail("no update reached a response under way")
+
+    samples = asyncio.run(run())
     for one, sample in zip(requests, samples):
         assert boundaries(sample) == 0
         assert len(sample.tokens) == LONG
+        assert distance(vllm_server, one, sample).max() < TOLERANCE
+
+
+def test_a_prefix_in_the_cache_of_old_weights_is_not_taken_for_one_of_the_new(vllm_server: VllmServer):
+    """The same long prompt after an update that keeps the caches: what is cached of it has another salt."""
+    prompt = np.resize(PROMPT, 300).astype(np.int32)  # longer than a block of the cache
+
+    async def run() -> list[tuple[SampleRequest, Sample]]:
+        async with vllm_server.engine(on_update="keep_kv", eos=False) as engine:
+            answers = []
+            for version in range(3):
+                await engine.update_weights(version, vllm_server.versions[version])
+                one = SampleRequest(0, version, prompt, 20, TEMPERATURE)
+                answers.append((one, (await engine.generate([one]))[0]))
+            return answers
+
+    for version, (one, sample) in enumerate(asyncio.run(run())):
+        assert (sample.versions == version).all()
         assert distance(vllm_server, one, sample).max() < TOLERANCE
 
 
