@@ -5,6 +5,7 @@ A server calls its weights whatever it was told to. So at the start, after the f
 published, scores the answers before it goes on. A response of tokens older than the publication is no proof either way.
 """
 
+import logging
 from typing import TYPE_CHECKING, cast
 
 from megatron_a3po.errors import RolloutError, ServersGone
@@ -14,6 +15,8 @@ from megatron_a3po.trainer.source import result_on_main
 
 if TYPE_CHECKING:
     from megatron_a3po.trainer.loop import Run
+
+logger = logging.getLogger(__name__)
 
 # Mean |trainer - server| over the response: fp32 was measured at 2e-7, one update at some 1e-2; bf16
 # has not been measured yet.
@@ -35,9 +38,14 @@ def prove_update(run: "Run") -> None:
     except ServersGone:
         return  # the run ends where it needs samples
     tolerance = TOLERANCE_BF16 if run.config.actor.bf16 else TOLERANCE_FP32
-    for server, trajectory in sorted(answers.items()):
-        if not (trajectory.versions[trajectory.prompt_length :] == version).all():
-            continue
+    proofs = {
+        server: trajectory
+        for server, trajectory in sorted(answers.items())
+        if (trajectory.versions[trajectory.prompt_length :] == version).all()
+    }
+    if not proofs and run.actor.grid.is_main:
+        logger.warning("the canary of version %d proves nothing: no vLLM server answered with it", version)
+    for server, trajectory in proofs.items():
         found = compare(run.actor, trajectory)["sampler_trainer/abs_diff/avg"]
         if not found <= tolerance:
             raise RolloutError(
