@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from loss_problem import three_products
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +22,6 @@ from megatron_a3po.vocab_parallel import (
     vocab_parallel_loss,
 )
 from megatron_a3po.vocab_parallel.policy_objective import PolicyObjective, interpolated
-from megatron_a3po.vocab_parallel.products import add_weight_gradient_, multiply_weight, project_
 
 OBJECTIVE = PolicyObjective(interpolated("loglinear"), eps_low=0.2, eps_high=0.2)
 Work = Callable[[], None]
@@ -57,22 +57,10 @@ class HeadProblem:
         }
 
 
-def three_products(problem: HeadProblem) -> Work:
-    """The floor: project, hidden gradient, weight gradient, on the trained rows in the same chunks, nothing else."""
-    hidden, weight, local = problem.hidden.detach(), problem.weight.detach(), problem.rows.local
-    total = problem.weight.main_grad
-    number = -(-len(local) // problem.chunk_tokens)
-    chunks = [chunk.contiguous() for chunk in hidden[local].tensor_split(number)]
-    dtype = weight.dtype if weight.is_cuda else torch.float32
-    workspace = weight.new_empty(max(map(len, chunks)), len(weight), dtype=dtype)
-
-    def work() -> None:
-        for rows in chunks:
-            logits = project_(workspace[: len(rows)], rows.to(dtype), weight)
-            multiply_weight(logits, weight)
-            add_weight_gradient_(total, logits, rows.to(dtype))
-
-    return work
+def floor(problem: HeadProblem) -> Work:
+    """The three products on the trained rows, added to the main gradient as Megatron-Core keeps it."""
+    trained = problem.hidden.detach()[problem.rows.local]
+    return three_products(trained, problem.weight.detach(), problem.chunk_tokens, problem.weight.main_grad)
 
 
 def layer(problem: HeadProblem, **options: Any) -> Work:
@@ -209,7 +197,7 @@ def liger_grpo(problem: HeadProblem, sequences: int = 4) -> Work | str:
 
 FLOOR, LAYER = "three products", "this layer"
 HEADS: dict[str, Callable[[HeadProblem], Work | str]] = {
-    FLOOR: three_products,
+    FLOOR: floor,
     LAYER: layer,
     "this layer, entropy term": lambda problem: layer(problem, entropy_coef=0.01),
     "this layer, two sweeps": lambda problem: layer(problem, sweeps=2),

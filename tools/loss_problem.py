@@ -8,6 +8,12 @@ from torch import Tensor
 
 from megatron_a3po.vocab_parallel import TokenFields, TrainedRows, choose_chunk_tokens, vocab_parallel_loss
 from megatron_a3po.vocab_parallel.policy_objective import PolicyObjective, interpolated
+from megatron_a3po.vocab_parallel.products import (
+    add_weight_gradient_,
+    arithmetic_dtype,
+    multiply_weight,
+    project_,
+)
 from megatron_a3po.vocab_parallel.reference import reference_loss
 
 OBJECTIVE = PolicyObjective(interpolated("loglinear"), eps_low=0.2, eps_high=0.2, dual_clip=3.0)
@@ -106,16 +112,28 @@ def reference_answer(problem: Problem) -> dict[str, Tensor]:
     return answer | {"hidden_grad": hidden.grad, "weight_grad": weight.grad}
 
 
-def three_products(problem: Problem) -> Callable[[], None]:
-    """The floor: the layer's matrix products in the dtype of the problem and nothing else, in the layer's chunks."""
-    hidden, weight = problem.hidden, problem.weight
-    chunk = choose_chunk_tokens(hidden.shape[1], len(weight), weight.device)
-    logits = weight.new_empty(min(chunk, len(hidden)), len(weight))
+def three_products(
+    hidden: Tensor, weight: Tensor, chunk_tokens: int, total: Tensor | None = None
+) -> Callable[[], None]:
+    """The floor: the layer's matrix products and nothing else, in the layer's near equal chunks.
+
+    total: the main gradient that the weight's is added to; None: it is only made, in the weight's precision.
+    """
+    dtype = arithmetic_dtype(weight)
+    chunks = [part.to(dtype).contiguous() for part in hidden.tensor_split(-(-len(hidden) // chunk_tokens))]
+    buffer = weight.new_empty(max(map(len, chunks)), len(weight), dtype=dtype)
 
     def run() -> None:
-        for rows in hidden.split(chunk):
-            part = torch.mm(rows, weight.T, out=logits[: len(rows)])
-            torch.mm(part, weight)
-            torch.mm(part.T, rows)
+        for rows in chunks:
+            logits = buffer[: len(rows)]
+            if dtype == weight.dtype:
+                torch.mm(rows, weight.T, out=logits)
+            else:
+                project_(logits, rows, weight)
+            multiply_weight(logits, weight)
+            if total is None:
+                torch.mm(logits.T, rows)
+            else:
+                add_weight_gradient_(total, logits, rows)
 
     return run

@@ -1,4 +1,7 @@
-"""The elementwise part of a sweep: logits to exponentials in place, and the sums over each row on the way.
+"""The elementwise part of a sweep: logits to exponentials, and the sums over each row on the way.
+
+All of it is float32 arithmetic on float32 logits. float32 exponentials take the place of the logits, others
+are rounded when they are stored, after the sums. With `scale`, 1 / temperature of each row, z = scale * logits.
 
 Plain torch does it a block of rows at a time, small enough to stay in the cache, so the chunk of logits is read and
 written once and no second buffer of its size exists. On a GPU with Triton one kernel does the same: `triton_kernels`.
@@ -25,30 +28,46 @@ def kernels(device: torch.device) -> ModuleType | None:
     return None
 
 
-def exponentiate_(logits: Float[Tensor, "tokens shard"], numbers: Float32[Tensor, "3 tokens"]) -> None:
-    """logits <- exp(logits - max); numbers <- max, sum exp(z - max), sum exp(z - max) (z - max) of each row."""
+def exponentiate_(
+    logits: Float32[Tensor, "tokens shard"],
+    exponentials: Float[Tensor, "tokens shard"],
+    numbers: Float32[Tensor, "3 tokens"],
+    scale: Float32[Tensor, "tokens"] | None = None,
+) -> None:
+    """exponentials <- exp(z - max); numbers <- max, sum exp(z - max), sum exp(z - max) (z - max) of each row."""
     match kernels(logits.device):
         case None:
             maxima, sums, products = numbers
             for rows, block, scratch in _blocks(logits):
                 maxima[rows] = block.amax(1)
                 torch.sub(block, maxima[rows, None], out=scratch)
-                _store_exp(scratch, block)
-                torch.sum(block, 1, dtype=torch.float32, out=sums[rows])
+                if scale is not None:
+                    scratch.mul_(scale[rows, None])
+                torch.exp(scratch, out=block)
+                torch.sum(block, 1, out=sums[rows])
                 torch.sum(scratch.mul_(block), 1, out=products[rows])
+                _store(block, exponentials[rows])
+            if scale is not None:
+                maxima.mul_(scale)
         case triton:
-            triton.exponentiate_(logits, numbers)
+            triton.exponentiate_(logits, exponentials, numbers, scale)
 
 
-def exponentiate_at_(logits: Float[Tensor, "tokens shard"], offset: Float32[Tensor, "tokens"]) -> None:
-    """logits <- exp(logits - offset)."""
+def exponentiate_at_(
+    logits: Float32[Tensor, "tokens shard"],
+    exponentials: Float[Tensor, "tokens shard"],
+    offset: Float32[Tensor, "tokens"],
+    scale: Float32[Tensor, "tokens"] | None = None,
+) -> None:
+    """exponentials <- exp(scale * logits - offset)."""
     match kernels(logits.device):
         case None:
-            for rows, block, scratch in _blocks(logits):
-                torch.sub(block, offset[rows, None], out=scratch)
-                _store_exp(scratch, block)
+            for rows, block, _ in _blocks(logits):
+                if scale is not None:
+                    block.mul_(scale[rows, None])
+                _store(block.sub_(offset[rows, None]).exp_(), exponentials[rows])
         case triton:
-            triton.exponentiate_at_(logits, offset)
+            triton.exponentiate_at_(logits, exponentials, offset, scale)
 
 
 def add_entropy_gradient_(
@@ -67,11 +86,9 @@ def add_entropy_gradient_(
             triton.add_entropy_gradient_(exponentials, factor, slope)
 
 
-def _store_exp(source: Tensor, out: Tensor) -> None:
-    if out.dtype == source.dtype:
-        torch.exp(source, out=out)
-    else:
-        out.copy_(source.exp())
+def _store(block: Tensor, exponentials: Tensor) -> None:
+    if exponentials.dtype != block.dtype:  # otherwise it is there already
+        exponentials.copy_(block)
 
 
 def _blocks(

@@ -97,12 +97,13 @@ class Gradients:
     def _add_weight(
         self, total: Tensor, chunk: Chunk, shard: ShardExponentials, gradient: LogitsGradient
     ) -> None:
-        for part in _parts(chunk.rows):
-            correction = (chunk.rows[part] * gradient.target_value[part, None]).to(total.dtype)
+        rows = chunk.projection.rows
+        for part in _parts(rows):
+            correction = (rows[part] * gradient.target_value[part, None]).to(total.dtype)
             # Of equal labels a GPU, too, adds up in a fixed order.
             total.index_put_((shard.target.column[part],), correction, accumulate=True)
         # The rows are the chunk's own copy, and nobody reads them after this.
-        add_weight_gradient_(total, shard.exponentials, chunk.rows.mul_(gradient.row_factor[:, None]))
+        add_weight_gradient_(total, shard.exponentials, rows.mul_(gradient.row_factor[:, None]))
 
 
 def _parts(rows: Tensor) -> Iterator[slice]:

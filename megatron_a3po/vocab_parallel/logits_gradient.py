@@ -10,7 +10,8 @@ Without an entropy term that is, off the target, a factor per row times E (`shar
 
 So the products of the buffer E with the weight and the hidden states, scaled row by row, are all of the gradient but
 one rank-one correction per token: a row of the weight into the hidden gradient, a hidden state into a row of the
-weight gradient. With an entropy term E is multiplied by its own factor first, in place. Next: `gradients`.
+weight gradient. With an entropy term E is multiplied by its own factor first, in place. 1 / temperature, by the chain
+rule, is in both factors. Next: `gradients`.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from megatron_a3po.vocab_parallel.shard_softmax import ShardExponentials, Softma
 
 @dataclass(frozen=True)
 class LogitsGradient:
-    """dloss/dz = row_factor * E off the target, target_value at it (0 on the shards that do not hold it)."""
+    """By the logits before the temperature: row_factor * E off the target, target_value at it (0 if elsewhere)."""
 
     row_factor: Float32[Tensor, "tokens"]
     target_value: Float32[Tensor, "tokens"]
@@ -49,4 +50,6 @@ class LogitsGradient:
             row_factor = torch.ones_like(row_factor)
             surprise = softmax.logp.exp() * (softmax.logp + softmax.entropy)
             target_value = target_value - by_entropy * surprise
+        if shard.scale is not None:
+            row_factor, target_value = row_factor * shard.scale, target_value * shard.scale
         return cls(row_factor, torch.where(shard.target.here, target_value, 0.0))

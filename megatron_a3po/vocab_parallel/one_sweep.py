@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from megatron_a3po.vocab_parallel.gradients import Gradients, WeightTotal
 from megatron_a3po.vocab_parallel.limits import SpentOnce
 from megatron_a3po.vocab_parallel.logits_gradient import LogitsGradient
-from megatron_a3po.vocab_parallel.shard_softmax import Softmax
+from megatron_a3po.vocab_parallel.shard_softmax import Softmax, start_softmax
 from megatron_a3po.vocab_parallel.sweep import Sweep
 from megatron_a3po.vocab_parallel.token_fields import Objective, TokenFields
 from megatron_a3po.vocab_parallel.token_losses import TokenLosses
@@ -46,7 +46,7 @@ class OneSweep(torch.autograd.Function):
         losses = TokenLosses.empty(rows.total, hidden.device)
 
         for chunk in sweep.chunks(exchange, weight, fields.labels):
-            shard, numbers = sweep.start_softmax(chunk, weight)
+            shard, numbers = start_softmax(chunk.projection, chunk.target, sweep.group)
             # With an entropy term E is rewritten first, and that takes the numbers.
             product = gradients.start_hidden(shard) if sweep.entropy_coef == 0 else None
             softmax = Softmax.merged(numbers.wait())

@@ -4,8 +4,8 @@
     hidden gradient    E @ weight
     weight gradient    E.T @ rows
 
-A GPU multiplies in the weight's precision and hands out float32 where sums go on (both gradients). A CPU multiplies in
-float32 whatever the weight is, and widens a bfloat16 weight a block of the vocabulary at a time.
+A GPU multiplies in the weight's precision and hands out float32. A CPU multiplies in float32 whatever the weight is,
+and widens a bfloat16 weight a block of the vocabulary at a time.
 """
 
 from collections.abc import Iterator
@@ -18,18 +18,20 @@ BLOCK = 4096  # vocabulary elements widened at a time
 
 
 def arithmetic_dtype(weight: Float[Tensor, "shard hidden"]) -> torch.dtype:
-    """Precision of the logits' buffer and of the rows it is multiplied with."""
+    """Precision of what is multiplied: the rows, and the exponentials' buffer. Results are float32."""
     return weight.dtype if weight.device.type == "cuda" else torch.float32
 
 
 def project_(
-    logits: Float[Tensor, "tokens shard"],
+    logits: Float32[Tensor, "tokens shard"],
     rows: Float[Tensor, "tokens hidden"],
     weight: Float[Tensor, "shard hidden"],
-) -> Float[Tensor, "tokens shard"]:
+) -> Float32[Tensor, "tokens shard"]:
     """logits <- rows @ weight.T."""
-    if rows.dtype == weight.dtype:
+    if weight.dtype == torch.float32:
         return torch.mm(rows, weight.T, out=logits)
+    if rows.dtype == weight.dtype:
+        return torch.mm(rows, weight.T, out_dtype=torch.float32, out=logits)
     for columns, part in _widened(weight):
         torch.mm(rows, part.T, out=logits[:, columns])
     return logits

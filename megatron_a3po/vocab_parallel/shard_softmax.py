@@ -13,7 +13,7 @@ One all-gather exchanges them; with T = sum t the target's logit, M = max(max m,
 The target stands apart: 1 - p_y loses no digits, however sure the model is. The logits' buffer keeps E = exp(z - m), 0
 at the target: off the target, softmax = exp(m - M) / S * E. That factor is a
 number per row. It goes into the rows of the products, never through the buffer, and the hidden gradient's product can
-run while the four numbers travel. Next: `logits_gradient`, the factors.
+run while the four numbers travel. All of z is after the temperature here. Next: `logits_gradient`, the factors.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,11 @@ from torch import Tensor
 
 from megatron_a3po.vocab_parallel.collectives import Group, Pending, group_rank, start_all_gather
 from megatron_a3po.vocab_parallel.exponentials import exponentiate_, exponentiate_at_
+from megatron_a3po.vocab_parallel.projection import Projection
 from megatron_a3po.vocab_parallel.token_fields import Tokens
+
+# In place of logits that are not to count: its exponential is 0, and no temperature makes an infinity of it.
+FAR_BELOW = -1e30
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,12 @@ class Target:
         here = (labels >= shard.start) & (labels < shard.start + shard.size)
         return cls(here, torch.where(here, labels - shard.start, 0).long())
 
-    def take_from_(self, logits: Float[Tensor, "tokens shard"]) -> Float32[Tensor, "tokens"]:
-        """The target's logits, 0 where they are elsewhere; in their place the lowest number, whose exponential is 0."""
-        index = self.column[:, None]
+    def take_from_(self, logits: Float32[Tensor, "part shard"], part: slice) -> Float32[Tensor, "part"]:
+        """The target's logits of some tokens, 0 where they are elsewhere; in their place `FAR_BELOW`."""
+        index, here = self.column[part, None], self.here[part]
         found = logits.gather(1, index)
-        logits.scatter_(1, index, found.masked_fill(self.here[:, None], torch.finfo(logits.dtype).min))
-        return torch.where(self.here, found[:, 0].float(), 0.0)
+        logits.scatter_(1, index, found.masked_fill(here[:, None], FAR_BELOW))
+        return torch.where(here, found[:, 0], 0.0)
 
 
 @dataclass(frozen=True)
@@ -110,34 +114,29 @@ class ShardExponentials:
     exponentials: Float[Tensor, "tokens shard"]
     offset: Float32[Tensor, "tokens"]
     target: Target
+    scale: Float32[Tensor, "tokens"] | None  # 1 / temperature, which is in z
 
 
-def start_softmax(
-    logits: Float[Tensor, "tokens shard"],
-    target: Target,
-    group: Group,
-    target_logits: Float32[Tensor, "tokens"] | None = None,
-) -> tuple[ShardExponentials, Pending]:
-    """Turns the shard's logits into exponentials, in place, and sends the four numbers on their way.
-
-    target_logits: more exact than those of the buffer, where that is in half precision.
-    """
-    numbers = logits.new_zeros(4, len(logits), dtype=torch.float32)
-    if logits.shape[1] == 0:
-        numbers[0] = torch.finfo(torch.float32).min  # finite, so that 0 * (m - M) is 0
+def start_softmax(projection: Projection, target: Target, group: Group) -> tuple[ShardExponentials, Pending]:
+    """Makes the shard's logits and their exponentials, and sends the four numbers on their way."""
+    exponentials, scale = projection.exponentials, projection.scale
+    numbers = torch.zeros(4, len(exponentials), device=exponentials.device)
+    if exponentials.shape[1] == 0:
+        numbers[0] = FAR_BELOW  # finite, so that 0 * (m - M) is 0
     else:
-        numbers[3] = target.take_from_(logits)
-        if target_logits is not None:
-            numbers[3] = torch.where(target.here, target_logits, 0.0)
-        exponentiate_(logits, numbers[:3])
-    return ShardExponentials(logits, numbers[0], target), start_all_gather(numbers, group)
+        for part, logits in projection.parts():
+            numbers[3, part] = target.take_from_(logits, part)
+            exponentiate_(logits, exponentials[part], numbers[:3, part], projection.scale_of(part))
+        if scale is not None:
+            numbers[3] *= scale
+    return ShardExponentials(exponentials, numbers[0], target, scale), start_all_gather(numbers, group)
 
 
-def repeat_softmax(
-    logits: Float[Tensor, "tokens shard"], target: Target, softmax: Softmax
-) -> ShardExponentials:
+def repeat_softmax(projection: Projection, target: Target, softmax: Softmax) -> ShardExponentials:
     """The same in a second sweep, where the highest logit of all shards is known."""
-    if logits.shape[1] > 0:
-        target.take_from_(logits)
-        exponentiate_at_(logits, softmax.highest)
-    return ShardExponentials(logits, softmax.highest, target)
+    exponentials, scale = projection.exponentials, projection.scale
+    if exponentials.shape[1] > 0:
+        for part, logits in projection.parts():
+            target.take_from_(logits, part)
+            exponentiate_at_(logits, exponentials[part], softmax.highest[part], projection.scale_of(part))
+    return ShardExponentials(exponentials, softmax.highest, target, scale)

@@ -1,7 +1,6 @@
 """One pass over the trained tokens, chunk by chunk, through one workspace of logits.
 
-The temperature divides the rows, [tokens, hidden], before they are projected, and their gradient after: the logits are
-never touched for it. Next: `one_sweep` and `two_sweeps`, the passes that make a loss.
+Next: `one_sweep` and `two_sweeps`, the passes that make a loss.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,15 +10,10 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from megatron_a3po.vocab_parallel.collectives import Group, Pending
-from megatron_a3po.vocab_parallel.products import arithmetic_dtype, project_
-from megatron_a3po.vocab_parallel.shard_softmax import (
-    ShardExponentials,
-    Softmax,
-    Target,
-    VocabShard,
-    start_softmax,
-)
+from megatron_a3po.vocab_parallel.collectives import Group
+from megatron_a3po.vocab_parallel.products import arithmetic_dtype
+from megatron_a3po.vocab_parallel.projection import Buffers, Projection
+from megatron_a3po.vocab_parallel.shard_softmax import Softmax, Target, VocabShard, start_softmax
 from megatron_a3po.vocab_parallel.token_fields import Tokens
 from megatron_a3po.vocab_parallel.trained_rows import RowExchange, Span, TrainedRows, row_exchange
 from megatron_a3po.vocab_parallel.workspace import Workspace
@@ -29,13 +23,12 @@ Temperature = float | Float[Tensor, "trained"]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some tokens, their rows divided by the temperature, and the shard's logits, valid until the next chunk."""
+    """Some tokens, what makes their logits, and where the gradient by their rows is handed in."""
 
     tokens: Tokens
-    rows: Float[Tensor, "tokens hidden"]
-    logits: Float[Tensor, "tokens shard"]
+    projection: Projection
     target: Target
-    start_return: Callable[[Float32[Tensor, "tokens hidden"]], None]  # hands in the gradient by `rows`
+    start_return: Callable[[Float32[Tensor, "tokens hidden"]], None]
 
 
 @dataclass(frozen=True)
@@ -61,43 +54,31 @@ class Sweep:
         return VocabShard.of(weight, self.vocab_size, self.group)
 
     def chunks(self, exchange: RowExchange, weight: Tensor, labels: Tensor) -> Iterator[Chunk]:
-        """Every chunk, projected."""
-        shard, dtype = self.shard(weight), arithmetic_dtype(weight)
-        spans = exchange.spans(self.chunk_tokens)
+        """Every chunk, to be projected."""
+        shard, spans = self.shard(weight), exchange.spans(self.chunk_tokens)
         longest = max((span.size for span in spans), default=0)
-        workspace = self.workspace.take(longest, shard.size, dtype, weight.device)
+        buffers = Buffers.of(self.workspace, longest, shard.size, weight)
         for span, hidden in _loaded(exchange, spans):
-            temperature = self._temperature(span.tokens)
-            rows = hidden.to(dtype)
-            if temperature is not None:
-                rows = (rows / temperature).to(dtype)
-            logits = project_(workspace[: span.size], rows, weight[: shard.size])
+            rows = hidden.to(arithmetic_dtype(weight))
+            projection = Projection(rows, weight[: shard.size], self._scale(span, weight.device), buffers)
             target = Target.of(labels[span.tokens], shard)
-            yield Chunk(
-                span.tokens, rows, logits, target, _returner(exchange, span, temperature, hidden.dtype)
-            )
-
-    def start_softmax(self, chunk: Chunk, weight: Tensor) -> tuple[ShardExponentials, Pending]:
-        """Exponentials in place of the chunk's logits; the numbers all shards need are on their way.
-
-        Where the logits are in half precision the targets', which decide the loss, are computed in float32.
-        """
-        exact = None
-        if chunk.logits.dtype != torch.float32 and chunk.logits.shape[1]:
-            exact = (chunk.rows.float() * weight[chunk.target.column]).sum(1)
-        return start_softmax(chunk.logits, chunk.target, self.group, exact)
+            yield Chunk(span.tokens, projection, target, _returner(exchange, span, hidden.dtype))
 
     def softmaxes(
         self, exchange: RowExchange, weight: Tensor, labels: Tensor
     ) -> Iterator[tuple[Tokens, Softmax]]:
         """Log-probs and entropies, chunk by chunk, and nothing else."""
         for chunk in self.chunks(exchange, weight, labels):
-            yield chunk.tokens, Softmax.merged(self.start_softmax(chunk, weight)[1].wait())
+            _, numbers = start_softmax(chunk.projection, chunk.target, self.group)
+            yield chunk.tokens, Softmax.merged(numbers.wait())
 
-    def _temperature(self, tokens: Tokens) -> float | Tensor | None:
+    def _scale(self, span: Span, device: torch.device) -> Float32[Tensor, "tokens"] | None:
+        """1 / temperature of each token; None: 1."""
         if isinstance(self.temperature, Tensor):
-            return self.temperature[tokens, None]
-        return None if self.temperature == 1.0 else self.temperature
+            return self.temperature[span.tokens].float().reciprocal()
+        if self.temperature == 1.0:
+            return None
+        return torch.full((span.size,), 1 / self.temperature, device=device)
 
 
 def _loaded(exchange: RowExchange, spans: Iterable[Span]) -> Iterator[tuple[Span, Tensor]]:
@@ -112,12 +93,5 @@ def _loaded(exchange: RowExchange, spans: Iterable[Span]) -> Iterator[tuple[Span
         yield ahead[0], ahead[1]()
 
 
-def _returner(
-    exchange: RowExchange, span: Span, temperature: float | Tensor | None, dtype: torch.dtype
-) -> Callable[[Tensor], None]:
-    def start_return(gradient: Tensor) -> None:
-        if temperature is not None:
-            gradient = gradient.div_(temperature)
-        exchange.start_return(span, gradient.to(dtype))
-
-    return start_return
+def _returner(exchange: RowExchange, span: Span, dtype: torch.dtype) -> Callable[[Tensor], None]:
+    return lambda gradient: exchange.start_return(span, gradient.to(dtype))

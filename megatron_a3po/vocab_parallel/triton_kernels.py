@@ -1,8 +1,8 @@
-"""The elementwise part of a sweep on a GPU: one kernel over the chunk of logits, a program per row.
+"""The elementwise part of a sweep on a GPU: one kernel over float32 logits, a program per row.
 
 The same functions as the plain torch of `exponentials`, which is their reference: a test runs these kernels in Triton's
-interpreter beside it. The buffer is of the weight's precision; all arithmetic is float32. Loaded only where there are a
-GPU and Triton. The second read of a row comes from the cache for the most part, so a chunk costs two passes of traffic.
+interpreter beside it. What they store is of the weight's precision; all arithmetic is float32. Loaded only where there
+are a GPU and Triton. The second read of a row comes from the cache for the most part.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -14,18 +14,24 @@ from torch import Tensor
 COLUMNS = 4096  # of a row at a time
 
 
-def exponentiate_(logits: Tensor, numbers: Tensor) -> None:
-    """logits <- exp(logits - max); numbers <- max, sum exp(z - max), sum exp(z - max) (z - max) of each row."""
+def exponentiate_(logits: Tensor, exponentials: Tensor, numbers: Tensor, scale: Tensor | None = None) -> None:
+    """exponentials <- exp(z - max); numbers <- max, sum exp(z - max), sum exp(z - max) (z - max) of each row."""
     num_rows, num_columns = logits.shape
+    strides = logits.stride(0), exponentials.stride(0), numbers.stride(0)
     _exponentiate[(num_rows,)](
-        logits, numbers, num_rows, num_columns, logits.stride(0), **_launch(num_columns)
+        logits, exponentials, numbers, scale, num_columns, *strides, **_launch(num_columns)
     )
 
 
-def exponentiate_at_(logits: Tensor, offset: Tensor) -> None:
-    """logits <- exp(logits - offset)."""
+def exponentiate_at_(
+    logits: Tensor, exponentials: Tensor, offset: Tensor, scale: Tensor | None = None
+) -> None:
+    """exponentials <- exp(scale * logits - offset)."""
     num_rows, num_columns = logits.shape
-    _exponentiate_at[(num_rows,)](logits, offset, num_columns, logits.stride(0), **_launch(num_columns))
+    strides = logits.stride(0), exponentials.stride(0)
+    _exponentiate_at[(num_rows,)](
+        logits, exponentials, offset, scale, num_columns, *strides, **_launch(num_columns)
+    )
 
 
 def add_entropy_gradient_(exponentials: Tensor, factor: Tensor, slope: Tensor) -> None:
@@ -42,40 +48,47 @@ def _launch(num_columns: int) -> dict[str, int]:
 
 
 @triton.jit
-def _exponentiate(logits, numbers, num_rows, num_columns, stride, BLOCK: tl.constexpr):
+def _exponentiate(
+    logits, exponentials, numbers, scale, num_columns, stride, stride_out, stride_numbers, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
-    at = logits + row * stride + tl.arange(0, BLOCK)
     column = tl.arange(0, BLOCK)
+    at, out = logits + row * stride + column, exponentials + row * stride_out + column
+    per_logit = 1.0 if scale is None else tl.load(scale + row)
     highest = tl.full([BLOCK], -float("inf"), tl.float32)
     for first in range(0, num_columns, BLOCK):
-        z = tl.load(at + first, mask=column + first < num_columns, other=-float("inf"))
-        highest = tl.maximum(highest, z.to(tl.float32))
+        highest = tl.maximum(
+            highest, tl.load(at + first, mask=column + first < num_columns, other=-float("inf"))
+        )
     maximum = tl.max(highest, 0)
 
     total = tl.zeros([BLOCK], tl.float32)
     product = tl.zeros([BLOCK], tl.float32)
     for first in range(0, num_columns, BLOCK):
         inside = column + first < num_columns
-        z = tl.load(at + first, mask=inside, other=-float("inf")).to(tl.float32) - maximum
+        z = (tl.load(at + first, mask=inside, other=-float("inf")) - maximum) * per_logit
         exponential = tl.exp(z)
         total += exponential
         product += tl.where(exponential > 0, exponential * z, 0.0)  # 0 * -inf is 0 here
-        tl.store(at + first, exponential.to(logits.dtype.element_ty), mask=inside)
-    tl.store(numbers + row, maximum)
-    tl.store(numbers + num_rows + row, tl.sum(total, 0))
-    tl.store(numbers + 2 * num_rows + row, tl.sum(product, 0))
+        tl.store(out + first, exponential.to(exponentials.dtype.element_ty), mask=inside)
+    tl.store(numbers + row, maximum * per_logit)
+    tl.store(numbers + stride_numbers + row, tl.sum(total, 0))
+    tl.store(numbers + 2 * stride_numbers + row, tl.sum(product, 0))
 
 
 @triton.jit
-def _exponentiate_at(logits, offset, num_columns, stride, BLOCK: tl.constexpr):
+def _exponentiate_at(
+    logits, exponentials, offset, scale, num_columns, stride, stride_out, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
-    at = logits + row * stride + tl.arange(0, BLOCK)
     column = tl.arange(0, BLOCK)
+    at, out = logits + row * stride + column, exponentials + row * stride_out + column
+    per_logit = 1.0 if scale is None else tl.load(scale + row)
     shift = tl.load(offset + row)
     for first in range(0, num_columns, BLOCK):
         inside = column + first < num_columns
-        z = tl.load(at + first, mask=inside, other=-float("inf")).to(tl.float32)
-        tl.store(at + first, tl.exp(z - shift).to(logits.dtype.element_ty), mask=inside)
+        z = tl.load(at + first, mask=inside, other=-float("inf")) * per_logit
+        tl.store(out + first, tl.exp(z - shift).to(exponentials.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -73,7 +73,7 @@ def _second_sweep(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | N
     for chunk in sweep.chunks(exchange, weight, labels):
         tokens = chunk.tokens
         softmax = ctx.softmax.take(tokens)
-        shard = repeat_softmax(chunk.logits, chunk.target, softmax)
+        shard = repeat_softmax(chunk.projection, chunk.target, softmax)
         entropy_term = None if by_entropy is None else by_entropy[tokens] * upstream
         gradient = LogitsGradient.of(shard, softmax, by_logp[tokens] * upstream, entropy_term)
         gradients.add(chunk, shard, gradient)
