@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_a3po.trainer.slurm_job import STATES
-from tests.slurm.site import EVERY, MIDDLE, STEPS, TP2, TP2_PP2, Site, doctor, in_the_middle, let_go
+from tests.slurm.site import EVERY, HELD, MIDDLE, STEPS, TP2, TP2_PP2, Site, doctor, in_the_middle, let_go
 from tests.trainer.replay import Replays, Rows, Weights, identical, logs_of, without_times
 from tests.trainer.test_resume import num_rows, step_of
 
@@ -222,16 +222,16 @@ def test_a_job_that_may_not_be_requeued_and_one_that_is_held(site: Site) -> None
 
 @pytest.mark.slow
 def test_a_real_time_limit(site: Site) -> None:
-    """Live rollouts whose rewards take their time: longer than the limit of two minutes, whatever the machine."""
-    steps, run_dir = 20, site.runs.folder / "limited"
+    """Of four minutes; until it is near, the first attempt waits before its last step."""
+    steps, run_dir = HELD, site.runs.folder / "limited"
     rollouts = [
         "trainer.replay=null",
         f"trainer.steps={steps}",
         "rollout.max_staleness=null",
         "rollout.fixed_staleness=1",
-        "reward={type: function, path: 'tests.trainer.rewards:slow'}",
+        "reward={type: function, path: 'tests.trainer.rewards:any_response'}",
     ]
-    options = ["--time=2", "--signal=B:USR1@30", "--nodes=2", "--ntasks-per-node=1"]
+    options = ["--time=4", "--signal=B:USR1@150", "--nodes=2", "--ntasks-per-node=1"]
     job = site.start("train_nodes.sbatch", options, [*site.runs.argv("limited", *rollouts)[1:], *TP2])
     assert job.wait(timeout_s=1200) == ("COMPLETED", 0), site.told(job, "limited")
     assert job.restarts >= 1
