@@ -6,6 +6,7 @@
     |-- OutputError               3      a file that cannot be written: the disk is full
     `-- RunError                  3      the run stopped and needs a person
         |-- TrainingError                  non-finite numbers, too many skipped steps, a dead rank
+        |   `-- AbsentRank         70      a rank that did not come: a machine's doing, so a Slurm job tries again
         |-- RolloutError                   the rollout process or an engine failed
         |   `-- ServersGone                no vLLM server is left; what they had finished still is
         |-- RewardError                    a reward function kept failing
@@ -22,7 +23,9 @@ EXIT_DONE = 0
 EXIT_DIFFERENT = 1
 EXIT_BAD_INPUT = 2
 EXIT_NEEDS_PERSON = 3
-EXIT_CRASHED = 70  # of a rank under a launcher: an error nobody foresaw, a broken device or connection
+EXIT_CRASHED = (
+    70  # of a rank under a launcher: an error nobody foresaw, a broken device, a rank that does not come
+)
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
 
@@ -66,6 +69,12 @@ class RunError(A3POError):
 
 class TrainingError(RunError):
     """The trainer's side failed."""
+
+
+class AbsentRank(TrainingError):
+    """A rank never started."""
+
+    exit_code = EXIT_CRASHED
 
 
 class RolloutError(RunError):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_a3po.actor.store import gather
 from megatron_a3po.config.actor import ActorSection
 from megatron_a3po.errors import InputError
 
@@ -85,9 +86,11 @@ def build_grid(
         from megatron_a3po.actor.cpu import pretend_cuda_is_cpu
 
         pretend_cuda_is_cpu()
+    gathered = gather(init_method, rank, world_size, timeout_s)
     dist.init_process_group(
         "nccl" if has_gpu else "gloo",
-        init_method=init_method,
+        init_method=init_method if gathered is None else None,
+        store=gathered,
         rank=rank,
         world_size=world_size,
         timeout=timeout,

@@ -3,8 +3,9 @@
 A thread on every rank looks at where its main thread is. One that has been in one and the same call for the time limit
 calls the roll through the process group's store, and every thread answers, whatever its main thread does. A rank that
 is stopped, or whose machine is gone, does not answer; one that does something else while others wait for it says what.
-Either is named, and every rank that is left ends with exit code 3. Where nobody waits for another (a step may take
+Either is named, and every rank that is left ends as if it had crashed. Where nobody waits for another (a step may take
 long) nothing happens. It asks nothing of the backend: gloo and NCCL differ only in what a main thread waits in.
+The store itself may be what does not answer: over TCP rank 0 holds it, which is then the one to name.
 """
 
 import json
@@ -20,9 +21,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_a3po.actor.store import own_connection
+from megatron_a3po.actor.store import own_connection, within
 from megatron_a3po.environment import node_name
-from megatron_a3po.errors import EXIT_NEEDS_PERSON
+from megatron_a3po.errors import EXIT_CRASHED
 
 logger = logging.getLogger(__name__)
 POLL_S = 1.0
@@ -38,7 +39,9 @@ class RollCall:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self.poll_s = min(POLL_S, timeout_s / 5)
         self.window_s = min(30.0, max(5.0, timeout_s / 4))
-        self.patience_s = max(timeout_s / 2, timeout_s - self.window_s)  # then what is found is said in time
+        self.ask_s = self.window_s / 4  # for a look into the store
+        # So that what is found is said in time.
+        self.patience_s = max(timeout_s / 2, timeout_s - self.window_s - self.ask_s)
         self._store = own_connection("roll-call", self.window_s)
         self._watched = threading.get_ident()
         self._done = threading.Event()
@@ -69,6 +72,8 @@ class RollCall:
             is_silent = now - self._in_call_since > self.patience_s
             if is_silent or self._is_called(number):
                 answers = self._answers(number)
+                if answers is None and not self._answer()["waits"]:
+                    continue
                 if not self._done.is_set() and (sentence := self.verdict(answers)):
                     self._end(number, sentence, answers)
                 number, self._in_call_since = number + 1, time.monotonic()
@@ -85,25 +90,31 @@ class RollCall:
 
     def _is_called(self, number: int) -> bool:
         try:
-            return self._store.check([f"roll-call/{number}"])
-        except RuntimeError:  # the rank that has the store is gone, which shows when somebody waits for it
+            return within(self.ask_s, lambda: self._store.check([f"roll-call/{number}"]))
+        except (RuntimeError, TimeoutError):  # its holder does not answer, which shows when somebody waits
             return False
 
-    def _answers(self, number: int) -> dict[int, dict[str, Any]]:
-        """By rank, of all that answered in time."""
+    def _answers(self, number: int) -> dict[int, dict[str, Any]] | None:
+        """By rank, of all that answered in time; None where the store does not answer."""
         answers: dict[int, dict[str, Any]] = {}
         deadline = time.monotonic() + self.window_s
-        try:
+
+        def look() -> None:
+            for rank in set(range(self.world_size)) - answers.keys():
+                if self._store.check([f"here/{number}/{rank}"]):
+                    answers[rank] = json.loads(self._store.get(f"here/{number}/{rank}"))
+
+        def call() -> None:
             self._store.set(f"roll-call/{number}", str(self.rank))
             self._store.set(f"here/{number}/{self.rank}", json.dumps(self._answer()))
+
+        try:
+            within(self.window_s, call)
             while len(answers) < self.world_size and time.monotonic() < deadline and not self._done.is_set():
-                for rank in set(range(self.world_size)) - answers.keys():
-                    if self._store.check([f"here/{number}/{rank}"]):
-                        answers[rank] = json.loads(self._store.get(f"here/{number}/{rank}"))
+                within(self.window_s, look)
                 self._done.wait(self.poll_s / 4)
-        except RuntimeError:
-            # Rank 0 has the store, unless a launcher has, and then that is gone.
-            return {rank: {"where": "?", "waits": True} for rank in range(1, self.world_size)}
+        except (RuntimeError, TimeoutError):
+            return None
         return answers
 
     def _answer(self) -> dict[str, Any]:
@@ -125,9 +136,14 @@ class RollCall:
             "node": node_name(),
         }
 
-    def verdict(self, answers: Mapping[int, dict[str, Any]]) -> str | None:
+    def verdict(self, answers: Mapping[int, dict[str, Any]] | None) -> str | None:
         """One sentence that names the ranks to look at; None where nobody waits for another."""
         limit = f"as long as distributed.timeout_s={self.timeout_s:g} allows"
+        if answers is None:
+            return (
+                f"the ranks have waited {limit} for rank 0, which holds the process group's store and does not answer: "
+                "stopped, or its machine is gone"
+            )
         if missing := sorted(set(range(self.world_size)) - answers.keys()):
             return (
                 f"the ranks have waited {limit} for {_listed(missing)}, which did not arrive and "
@@ -143,18 +159,21 @@ class RollCall:
         whom = f"{_listed(elsewhere)}, which did not arrive" if elsewhere else "one another"
         return f"the ranks have waited {limit} for {whom}: {places}"
 
-    def _end(self, number: int, sentence: str, answers: Mapping[int, dict[str, Any]]) -> None:
+    def _end(self, number: int, sentence: str, answers: Mapping[int, dict[str, Any]] | None) -> None:
         logger.critical("%s", sentence)
+        said = f"said/{number}"
         try:
-            if self.rank == min(answers, default=self.rank):
+            if answers is None or self.rank == min(answers, default=self.rank):
                 sys.stderr.write(f"{sentence}\n")
                 sys.stderr.flush()
-                self._store.set(f"said/{number}", "")
+                if answers is not None:
+                    within(self.window_s, lambda: self._store.set(said, ""))
+                    time.sleep(2 * self.poll_s)  # the others still look; this rank may hold the store
             else:  # whoever ends first takes the others along
-                self._store.wait([f"said/{number}"])
-        except RuntimeError:
+                within(self.window_s, lambda: self._store.wait([said]))
+        except (RuntimeError, TimeoutError):
             time.sleep(self.poll_s)
-        os._exit(EXIT_NEEDS_PERSON)  # the main thread cannot be called back from a collective
+        os._exit(EXIT_CRASHED)  # the main thread cannot be called back from a collective
 
 
 def _stack(frame: FrameType | None) -> list[FrameType]:

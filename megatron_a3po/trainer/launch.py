@@ -118,7 +118,7 @@ def _code_of(ranks: Sequence[BaseProcess], failed: BaseProcess, run_dir: Path) -
         if process.exitcode and process.exitcode > 0 and process.exitcode != EXIT_CRASHED:
             return process.exitcode
     log = run_dir / "logs" / f"{failed.name}.log"
-    how = "crashed" if failed.exitcode == EXIT_CRASHED else f"was ended by signal {-(failed.exitcode or 0)}"
+    how = "failed" if failed.exitcode == EXIT_CRASHED else f"was ended by signal {-(failed.exitcode or 0)}"
     sys.stderr.write(f"{failed.name} (pid {failed.pid}) {how}; why is at the end of {log}\n")
     return EXIT_NEEDS_PERSON
 

@@ -100,8 +100,8 @@ def run_rank(config: Config, place: Place, beginning: Beginning | None, resume: 
         logger.error("stopped: %s", error)
         return error.exit_code
     except BaseException:  # torch's checkpoint errors are no Exceptions
-        # The first rank to fail has the cause; its peers follow with broken connections. Each to its own file.
-        set_up_logs(decided, f"rank-{place.rank}", speaks=False)
+        # The first rank to fail has the cause; its peers follow with broken connections. Each to its own file, if any.
+        set_up_logs(decided, f"rank-{place.rank}", speaks=decided is None)
         logger.critical("rank %d failed:\n%s", place.rank, traceback.format_exc())
         raise
 

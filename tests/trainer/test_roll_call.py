@@ -1,8 +1,10 @@
-"""A rank that the others wait for in vain is named, and the run ends with code 3."""
+"""A rank that the others wait for in vain is named, and the run ends: with code 3, under a launcher with 70."""
 
 import os
 import signal
+import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from megatron_a3po.actor.roll_call import RollCall
 from megatron_a3po.trainer import loop
 from tests.trainer import command
 from tests.trainer.command import Command
+from tests.trainer.hung import hang
 from tests.trainer.replay import Replays, logs_of
 
 LIMIT_S = 14
@@ -44,6 +47,50 @@ def test_the_rank_that_does_not_come_is_named(replays: Replays, how: str) -> Non
         assert "rank 1 is in train (loop.py:" in ended.output
     assert "rank 0 is in" not in ended.output
     assert "Traceback" not in ended.output
+
+
+def test_the_rank_that_holds_the_store_is_named(replays: Replays) -> None:
+    """As under torchrun and srun: a look into the store does not come back from rank 0."""
+    argv = replays.argv(
+        "hangs-holder", "trainer.steps=4", "actor.data_parallel_size=2", f"distributed.timeout_s={LIMIT_S}"
+    )
+    port = free_port()
+    first, second = (
+        command.fork(replays.folder / "out" / f"holder-{rank}", *argv, before=partial(one_of_two, rank, port))
+        for rank in range(2)
+    )
+    try:
+        ended = second.wait()
+    finally:
+        first.end()
+    assert ended.code == 70, ended.output + logs_of(replays.folder / "hangs-holder")
+    assert f"distributed.timeout_s={LIMIT_S} allows for rank 0, which holds" in ended.output
+    assert "Traceback" not in ended.output
+
+
+def test_a_rank_that_never_starts_is_named(replays: Replays) -> None:
+    argv = replays.argv("absent", "actor.data_parallel_size=2", "distributed.timeout_s=10")
+    ended = command.fork(replays.folder / "out" / "absent", *argv, before=first_of_two_by_srun).wait()
+    assert ended.code == 70, ended.output
+    assert "distributed.timeout_s=10 allows for those that did not start: rank 1\n" in ended.output
+    assert "Traceback" not in ended.output
+
+
+def first_of_two_by_srun() -> None:
+    os.environ |= {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    os.environ |= {"SLURM_JOB_ID": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def one_of_two(rank: int, port: int) -> None:
+    """What a launcher sets; rank 0 stops before its second step."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    hang(0, 2)
 
 
 def stay_away() -> None:
