@@ -20,6 +20,7 @@ SELF=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 SELF=${SELF:-$SLURM_JOB_ID}
 JOB_LOGS=${A3PO_LOGS:-$SLURM_SUBMIT_DIR/runs/slurm}/job-$SLURM_JOB_ID
 LOGS=$JOB_LOGS/attempt-$ATTEMPT
+TOGETHER_S=${A3PO_TOGETHER_S:-180}  # from a step's first task that ends to its last
 EXPORTED=$(IFS=,; echo "${ENVIRONMENT[*]},MASTER_ADDR,OMP_NUM_THREADS")
 
 # With servers, servers.sh says what these do.
@@ -41,8 +42,9 @@ step() {
     local options=()
     while [[ $1 != -- ]]; do options+=("$1"); shift; done
     shift
-    # No kill on a bad exit: the ranks end together, or by distributed.timeout_s; rank 0 may still be evaluating.
-    srun --export="$EXPORTED" --kill-on-bad-exit=0 --wait=0 --unbuffered "${STEP_OPTIONS[@]}" "${options[@]}" "$@" &
+    # No kill on a bad exit: the ranks end together, rank 0 last, once its rollouts are down. A task that is still there
+    # long after the first hangs, and would hold the step for ever.
+    srun --export="$EXPORTED" --kill-on-bad-exit=0 --wait="$TOGETHER_S" --unbuffered "${STEP_OPTIONS[@]}" "${options[@]}" "$@" &
     heed $!
 }
 
@@ -139,6 +141,7 @@ run_training() {
     if [[ -n $ASKED ]] && ((status == 138)); then status=75; fi
     # srun that lost a node may end well.
     if ((status == 0)) && [[ ! -f $RUN_DIR/summary.json ]]; then status=1; fi
+    if ((status)); then grep -h '^the ranks have waited' "$LOGS"/*-rank-*.log | sort -u; fi
     after "$status" "$(words "$status")"
 }
 
@@ -170,18 +173,30 @@ choose_nodes() {
 }
 
 # A node's name need not resolve on the others.
-address_of() { scontrol show node -o "$1" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2; }
+address_of() { control show node -o "$1" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2; }
 
 words() {
     case $1 in
         0) echo "done" ;;
         2) echo "configuration or input is wrong; the sentences are in $LOGS" ;;
         3) echo "needs a person: why is in the last lines of $RUN_DIR/logs/rank-0.log" ;;
-        70) echo "a rank crashed; why is at the end of its log in $RUN_DIR/logs" ;;
+        70) echo "a rank crashed, or did not come; why is at the end of its log in $RUN_DIR/logs" ;;
         75) echo "stopped early" ;;
         130) echo "interrupted" ;;
         *) if (($1 > 128)); then echo "a task was ended by signal $(($1 - 128))"; else echo "ended with code $1"; fi ;;
     esac
+}
+
+# control ARGUMENT...: what scontrol says; a controller that is busy or away is asked again, for two minutes.
+control() {
+    local said
+    for _ in {1..24}; do
+        if said=$(scontrol "$@" 2>&1); then echo "$said"; return; fi
+        case $said in *Invalid* | *denied* | *disabled*) break ;; esac
+        sleep 5
+    done
+    echo "$said" >&2
+    return 1
 }
 
 # after STATUS WORDS: what becomes of the job once a step has ended so.
@@ -204,7 +219,7 @@ after() {
 requeue() {
     # Slurm ends this script while it waits; otherwise it would fall through to its end.
     trap - USR1 USR2 TERM
-    if scontrol requeue "$SELF"; then
+    if control requeue "$SELF"; then
         for _ in {1..120}; do sleep 1; done
     fi
     finish "$1" "could not be requeued: submit it again to continue"
@@ -213,7 +228,7 @@ requeue() {
 # Whether the job still runs as this attempt: a cancelled one, or one that runs elsewhere already, is not to be touched.
 is_mine() {
     local record restarts
-    record=$(scontrol show job -o "$SELF") || { STATE=unknown; return 1; }
+    record=$(control show job -o "$SELF") || { STATE=unknown; return 1; }
     record=${record%%$'\n'*}   # of a heterogeneous job the first component
     STATE=$(grep -o 'JobState=[A-Z_]*' <<<"$record" | cut -d= -f2)
     restarts=$(grep -o 'Restarts=[0-9]*' <<<"$record" | cut -d= -f2)

@@ -67,7 +67,7 @@ start_servers() {
 launch_servers() {
     local name=$1 plugin=$HOME_DIR/megatron_a3po/rollout/vllm/plugin exported
     shift
-    A3PO_ADDRESSES=$(scontrol show node -o | sed -n 's/^NodeName=\([^ ]*\).* NodeAddr=\([^ ]*\).*/\1=\2/p' | tr '\n' ' ')
+    A3PO_ADDRESSES=$(control show node -o "${SLURM_JOB_NODELIST_HET_GROUP_1:-$SLURM_JOB_NODELIST}" | sed -n 's/^NodeName=\([^ ]*\).* NodeAddr=\([^ ]*\).*/\1=\2/p' | tr '\n' ' ')
     A3PO_SERVER_PYTHON=$SERVER_PYTHON
     export A3PO_ADDRESSES A3PO_SERVER_PYTHON
     exported=$(IFS=,; echo "${SERVER_ENVIRONMENT[*]},A3PO_ADDRESSES,A3PO_SERVER_PYTHON,PYTHONPATH=$plugin")
