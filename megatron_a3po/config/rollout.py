@@ -58,7 +58,7 @@ class RolloutSection(Section):
 
     weight_staging: Literal["none", "host"] | None = None
     """vllm: `none` (when left out): a server stands still while it receives weights; `host`: it receives them
-    into host memory while it generates, one model for each of its workers, and stands still to load them."""
+    into host memory while it generates, one model for each of its workers, and stands still to put them in place."""
 
     weight_bucket_bytes: int | None = Field(default=None, ge=1)
     """vllm, collective: tensors travel together in so many bytes (256 MiB when left out)."""
