@@ -124,11 +124,16 @@ def test_one_file_a_rank_holds_its_shards_and_gives_them_back(model: Path, tmp_p
     assert damage(written, 1) is None
 
 
-def test_the_padding_of_the_vocabulary_stays_in_the_checkpoint(model: Path, tmp_path: Path):
+def test_the_padding_of_the_vocabulary_is_zeros_and_stays_in_the_checkpoint(model: Path, tmp_path: Path):
     reader = MegatronReader(converted(model, tmp_path / "out", Ranks(2, 1)))
-    rows = reader.tensors["embedding.word_embeddings.weight"].size[0]
-    assert rows > VOCAB_SIZE
-    assert dict(reader.hugging_face_tensors())["model.embed_tokens.weight"].shape[0] == VOCAB_SIZE
+    source, found = tensors_of(model), dict(reader.hugging_face_tensors())
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        (hf_name,) = reader.table.parameter(name).tensors
+        padded = reader.read(reader.table.parameter(name))
+        assert padded.shape[0] == reader.tensors[name].size[0] > VOCAB_SIZE
+        assert torch.equal(padded[:VOCAB_SIZE], source[hf_name])
+        assert not padded[VOCAB_SIZE:].any()
+        assert torch.equal(found[hf_name], source[hf_name])
 
 
 def test_another_precision_is_the_nearest(model: Path, tmp_path: Path):
