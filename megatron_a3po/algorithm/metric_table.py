@@ -9,9 +9,7 @@ from dataclasses import dataclass
 
 from megatron_a3po.algorithm.proximal import METHODS
 from megatron_a3po.algorithm.statistics import Statistics
-
-UPDATE = "ppo_actor/update"
-APPROXIMATION = f"{UPDATE}/compute_logp"
+from megatron_a3po.metric_names import APPROXIMATION, UPDATE
 
 
 @dataclass(frozen=True)

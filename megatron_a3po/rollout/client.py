@@ -105,10 +105,10 @@ class RolloutClient:
                     self._batch = None
                     return self._received(batch)
 
-    def evaluate(self, version: int, limit: int | None = None) -> "Future[Evaluation]":
-        """Greedy accuracy on the held-out prompts (the first `limit`) with `version`, or a newer one if the engine has
-        passed it; rollouts go on meanwhile."""
-        return self._call("evaluate", version, limit)
+    def evaluate(self, version: int) -> "Future[Evaluation]":
+        """Greedy accuracy on the held-out prompts with `version`, or a newer one if the engine has passed it; rollouts
+        go on meanwhile."""
+        return self._call("evaluate", version)
 
     def probe(self, version: int, prompt_index: int = 0) -> "Future[Trajectory]":
         """A greedy response to a training prompt with tokens of one version, to compare sampler and trainer."""
@@ -125,6 +125,10 @@ class RolloutClient:
             future = self._call("state", steps - self._born_after)
         future.add_done_callback(lambda done: self._remember(done, steps))
         return future
+
+    def num_filtered(self) -> "Future[int]":
+        """Groups without signal since the last batch, which no batch tells of while none comes together."""
+        return self._call("num_filtered")
 
     def sampled_between(self, start: float, end: float) -> int:
         """Number of training tokens sampled in an interval of `time.monotonic`."""

@@ -129,11 +129,11 @@ class RolloutService:
             self._producer.put_back(producer_state, groups, version)
         return {"producer": producer_state, "counters": self._counters.state()}
 
-    async def evaluate(self, version: int, limit: int | None) -> Evaluation:
+    async def evaluate(self, version: int) -> Evaluation:
         """One at a time: the engine keeps one set of weights for evaluation."""
-        return await self._unless_gone(self._evaluate(version, limit))
+        return await self._unless_gone(self._evaluate(version))
 
-    async def _evaluate(self, version: int, limit: int | None) -> Evaluation:
+    async def _evaluate(self, version: int) -> Evaluation:
         async with self._evaluating:
             await self._wait_for_version(version)
             with self._spans("evaluation", f"version {version}"):
@@ -141,7 +141,7 @@ class RolloutService:
                     self._engine,
                     self._scorer,
                     self._stage,
-                    self._held_out[:limit],
+                    self._held_out,
                     max_response_tokens=self._config.rollout.max_response_tokens,
                     temperature=self._config.rollout.temperature,
                 )
@@ -172,6 +172,9 @@ class RolloutService:
         request = SampleRequest(0, 0, prompt.tokens, length, self._config.rollout.temperature)
         samples = await self._engine.respond_each(request)
         return {name: trajectory_of(prompt, 0, sample, reward=None) for name, sample in samples.items()}
+
+    async def num_filtered(self) -> int:
+        return self._counters.filtered_groups
 
     async def sampled_between(self, start: float, end: float) -> int:
         return self._engine.sampled_between(start, end)

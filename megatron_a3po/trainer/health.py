@@ -1,19 +1,20 @@
 """Health rules: what in a run's numbers a person should look at, each one sentence with the key to turn.
 
 The running trainer warns with them and the report lists them, each cause at most once. They are computed from the rows
-of metrics.jsonl alone, so that both say the same. One odd token is no illness: means and extremes must be out of bounds
+of metrics.jsonl, so that both say the same; only where no step comes about is what the rollouts say meanwhile looked
+at, and the report finds that among what was said. One odd token is no illness: means and extremes must be out of bounds
 in several rows running. Their reasons are in docs/report.md. No torch here.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
-UPDATE = "ppo_actor/update"
-APPROXIMATION = f"{UPDATE}/compute_logp"
+from megatron_a3po.metric_names import APPROXIMATION, UPDATE
+
 MISMATCH = "sampler_trainer/abs_diff/avg"
 FILTERED = "rollout/filtered_groups"
 
@@ -26,6 +27,8 @@ STALENESS_LIMIT = 10.0
 FIRST_ROWS = 5  # whose median entropy is where a run comes from
 COLLAPSED = 0.1  # of that
 FILTERED_LIMIT = 0.9  # share of the finished groups
+STARVED = 10  # steps' worth of groups filtered while one batch is waited for
+NO_SIGNAL = "no signal"
 
 Row = Mapping[str, Any]
 
@@ -57,11 +60,13 @@ class Finding:
 class Health:
     """Looks at a run's rows in their order. `config` is the run's, flat: dotted key -> value."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], said: Iterable[str] = ()) -> None:
+        """said: causes that need not be said again."""
         self._rules = rules(config)
+        self._starved = STARVED * (config.get("trainer.prompts_per_step") or math.inf)
         self._entropies: list[float] = []
         self._bad_rows: Counter[str] = Counter()
-        self._said: set[str] = set()
+        self._said = set(said)
 
     def see(self, row: Row) -> list[Finding]:
         """What this row makes certain that no row before did."""
@@ -72,10 +77,21 @@ class Health:
                 continue
             self._bad_rows[rule.cause] = self._bad_rows[rule.cause] + 1 if rule.is_bad(value) else 0
             if self._bad_rows[rule.cause] >= rule.patience:
-                self._said.add(rule.cause)
-                sentence = rule.sentence.format(value=f"{value:.3g}", bound=f"{rule.bound:.3g}")
-                found.append(Finding(rule.cause, int(row["step"]), sentence))
+                found.append(self._say(rule, value, row))
         return found
+
+    def see_waiting(self, step: int, num_filtered: int) -> list[Finding]:
+        """What is certain before the batch of `step` is there: so many groups have been filtered since the last one."""
+        if num_filtered < self._starved or NO_SIGNAL in self._said:
+            return []
+        row = {"step": step, FILTERED: num_filtered}
+        rule = next(rule for rule in self._rules if rule.cause == NO_SIGNAL)
+        return [self._say(rule, cast(float, rule.value(row)), row)]
+
+    def _say(self, rule: Rule, value: float, row: Row) -> Finding:
+        self._said.add(rule.cause)
+        sentence = rule.sentence.format(value=f"{value:.3g}", bound=f"{rule.bound:.3g}")
+        return Finding(rule.cause, int(row["step"]), sentence)
 
     def _entropy_rule(self, row: Row) -> list[Rule]:
         """Of where this run came from: the level itself says nothing, tasks differ by orders of magnitude."""
@@ -140,7 +156,7 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
             patience=1,
         ),
         Rule(
-            "no signal",
+            NO_SIGNAL,
             _share_without_signal(config),
             FILTERED_LIMIT,
             "nearly every group has equal rewards (a share of {value}), so that the reward cannot move: choose prompts "
@@ -152,9 +168,13 @@ def rules(config: Mapping[str, Any]) -> list[Rule]:
 def number(row: Row, name: str) -> float | None:
     """A metric that is there and is a finite number."""
     value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        found = float(value)
+    except OverflowError:  # an integer may have any number of digits
+        return None
+    return found if math.isfinite(found) else None
 
 
 def _approximation_rule(method: str, staleness_key: str) -> Rule:

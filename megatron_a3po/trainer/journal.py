@@ -12,10 +12,10 @@ from megatron_a3po.config import Config
 from megatron_a3po.config.difference import flat
 from megatron_a3po.errors import A3POError
 from megatron_a3po.rollout.trajectory import Evaluation
-from megatron_a3po.trainer.health import Health
+from megatron_a3po.trainer.health import Finding, Health
 from megatron_a3po.trainer.mirror import Mirror
 from megatron_a3po.trainer.progress import Display
-from megatron_a3po.trainer.recording import Recorder, read_metrics
+from megatron_a3po.trainer.recording import Recorder, read_findings, read_metrics
 from megatron_a3po.trainer.shown import Shown
 from megatron_a3po.trainer.summary import closing_lines, mean_of, summarize, write_summary
 
@@ -37,7 +37,8 @@ class Journal:
             Recorder(self.run_dir / "warm_start", attempt=attempt) if config.warm_start else None
         )
         self.mirror = Mirror(self.run_dir) if config.trainer.wandb else None
-        self.health = Health(flat(config.model_dump(mode="json")))
+        said = [finding.cause for finding in read_findings(self.run_dir)]
+        self.health = Health(flat(config.model_dump(mode="json")), said)
         for row in read_metrics(self.run_dir):  # of earlier attempts: what they said is said
             self.health.see(row)
         self.accuracy: dict[int, float] = {}  # of the weights after a step
@@ -73,11 +74,19 @@ class Journal:
             evaluation = self._take_evaluation()
             metrics |= {"evaluation/accuracy": evaluation.accuracy, "evaluation/version": evaluation.version}
         self.recorder.record(step, version, metrics)
-        for finding in self.health.see({"step": step, **metrics}):
-            logger.warning(finding.sentence)
+        self._warn(self.health.see({"step": step, **metrics}))
         self.recorder.samples(step, version, shown, self.tokenizer)
         latest = self.accuracy[max(self.accuracy)] if self.accuracy else None
         self.display.step(step, metrics, latest)
+
+    def wait(self, step: int, num_filtered: int) -> None:
+        """The batch of `step` is not there yet, and so many groups have been filtered since the last one."""
+        self._warn(self.health.see_waiting(step, num_filtered))
+
+    def _warn(self, findings: list[Finding]) -> None:
+        for finding in findings:
+            logger.warning(finding.sentence)
+            self.recorder.finding(finding)
 
     @property
     def wall_seconds(self) -> float:

@@ -19,6 +19,7 @@ from megatron_a3po.lifetime import StopWish, kill_point
 from megatron_a3po.rollout.client import RolloutClient
 from megatron_a3po.trainer.attempt import Attempt
 from megatron_a3po.trainer.batch import Batch, batch_path, check_replayed, load_batch
+from megatron_a3po.trainer.journal import Journal
 
 T = TypeVar("T")
 POLL_S = 0.5
@@ -40,9 +41,17 @@ class LiveSource:
 
     publishes = True
 
-    def __init__(self, grid: Grid, client: RolloutClient | None, stop: StopWish, attempt: Attempt) -> None:
-        self.grid, self.client, self.stop, self.attempt = grid, client, stop, attempt
+    def __init__(
+        self,
+        grid: Grid,
+        client: RolloutClient | None,
+        stop: StopWish,
+        attempt: Attempt,
+        journal: Journal | None,
+    ) -> None:
+        self.grid, self.client, self.stop, self.attempt, self.journal = grid, client, stop, attempt, journal
         self.statistics: dict[str, float] = {}  # what the rollout process said beside the latest batch
+        self._num_filtered: Future[int] | None = None  # asked for, perhaps answered
 
     def next(self, version: int) -> Batch | None:
         return wait_on_main(self.grid, lambda timeout_s: self._wait(version, timeout_s))
@@ -56,12 +65,23 @@ class LiveSource:
                 rollouts = self.client.next_batch(version, timeout_s=POLL_S)
             except TimeoutError:
                 self.attempt.refuse_if_fenced()  # its servers may be another attempt's by now
+                self._tell_filtered(version)
                 if time.monotonic() > deadline:
                     raise
                 continue
             self.statistics = rollouts.statistics
             return Batch(rollouts.groups, version)
         return None
+
+    def _tell_filtered(self, version: int) -> None:
+        """Where every group is filtered no batch comes, and nothing else would be said."""
+        assert self.client is not None
+        if self._num_filtered is None:
+            self._num_filtered = self.client.num_filtered()
+        elif self._num_filtered.done():
+            if self.journal is not None:
+                self.journal.wait(version + 1, self._num_filtered.result())
+            self._num_filtered = None
 
 
 class ReplaySource:

@@ -153,7 +153,7 @@ def _session(
             if client is not None:
                 stack.callback(forget_published, attempt)
                 stack.callback(client.stop)
-            source = LiveSource(grid, client, stop, attempt)
+            source = LiveSource(grid, client, stop, attempt, journal)
         else:
             client, source = None, ReplaySource(grid, config, shape.vocab_size, stop)
         if journal is not None:

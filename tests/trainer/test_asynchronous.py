@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_a3po.algorithm.metric_table import TABLE
-from megatron_a3po.trainer.recording import read_metrics
+from megatron_a3po.trainer.recording import read_findings, read_metrics
 from tests.trainer import command
 from tests.trainer.replay import exported, identical, logs_of
 from tests.trainer.task import GROUPS, STEPS, Task, num_rows
@@ -185,6 +185,18 @@ def test_a_broken_reward_ends_the_run_with_its_own_traceback(task: Task) -> None
     assert ended.code == 3, ended.output
     assert "LookupError: no reward for" in ended.output + logs_of(task.folder / "broken")
     assert "tests/trainer/rewards.py" in ended.output + logs_of(task.folder / "broken")
+
+
+def test_a_run_that_filters_every_group_says_so(task: Task) -> None:
+    """It has no step to say it with; what it said stays in the run directory."""
+    running = task.start("filtered", "reward.path=tests.trainer.rewards:constant", "rollout.max_staleness=1")
+    running.wait_for(lambda: len(read_findings(task.folder / "filtered")) > 0)
+    running.signal(signal.SIGTERM)
+    ended = running.wait()
+    assert ended.code == 75, ended.output
+    assert ended.output.count("nearly every group has equal rewards") == 1
+    assert num_rows(task.folder / "filtered") == 0
+    assert [finding.cause for finding in read_findings(task.folder / "filtered")] == ["no signal"]
 
 
 @pytest.mark.slow

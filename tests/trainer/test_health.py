@@ -11,8 +11,9 @@ from megatron_a3po.config.data import DataSection
 from megatron_a3po.config.difference import flat
 from megatron_a3po.config.model import ModelSection
 from megatron_a3po.config.trainer import TrainerSection
+from megatron_a3po.metric_names import APPROXIMATION, UPDATE
 from megatron_a3po.trainer import health
-from megatron_a3po.trainer.health import APPROXIMATION, FILTERED, MISMATCH, UPDATE, findings
+from megatron_a3po.trainer.health import FILTERED, MISMATCH, findings
 
 CONFIG = {"trainer.prompts_per_step": 8, "rollout.max_staleness": 4, "actor.bf16": False}
 ERROR = f"{APPROXIMATION}/loglinear/importance_weight_abs_error/avg"
