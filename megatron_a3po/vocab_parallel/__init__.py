@@ -12,11 +12,12 @@ Read in this order:
     trained_rows       which rows are projected, and how they travel under sequence parallelism
     sweep              chunks of rows through one workspace of logits
     workspace          that buffer, kept from call to call
+    projection         a chunk's logits, float32 whatever the weight, and the buffer of their exponentials
     shard_softmax      four numbers per token and shard, merged by one collective
     logits_gradient    the gradient as a factor per row and a rank-one correction
     gradients          where the hidden states' and the weight's come together
     products           the three matrix products; exponentials, triton_kernels: what lies between them
-    limits             what is refused
+    inputs             what a call must look like; limits: what cannot be done
     chunking           how many tokens at a time
     reference          the same in plain dense torch
 

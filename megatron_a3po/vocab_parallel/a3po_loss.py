@@ -20,6 +20,7 @@ from megatron_a3po.algorithm.policy_loss import TokenLoss
 from megatron_a3po.algorithm.statistics import Statistics, policy_statistics
 from megatron_a3po.vocab_parallel.chunking import choose_chunk_tokens
 from megatron_a3po.vocab_parallel.collectives import Group, group_size
+from megatron_a3po.vocab_parallel.inputs import refuse_matrices
 from megatron_a3po.vocab_parallel.loss import vocab_parallel_loss
 from megatron_a3po.vocab_parallel.policy_objective import ClippedObjective, PolicyObjective, interpolated
 from megatron_a3po.vocab_parallel.sweep import Temperature
@@ -70,17 +71,24 @@ def a3po_loss(
     The statistics: importance_weight (r), behave_imp_weight (w), clipped, entropy and kl (k3, behaviour to target) over
     all trained tokens; the first three also as <name>/staleness_<0, 1, 2, 3-4, 5-8, more>.
     """
+    refuse_matrices(hidden, weight)
+    if not isinstance(objective, ClippedObjective):
+        raise ValueError(
+            f"objective is {objective!r}, but must be a PolicyObjective or a SequenceObjective: "
+            "`vocab_parallel_loss` takes any other"
+        )
+    chosen = choose_chunk_tokens(hidden.shape[1], len(weight), hidden.device)
     output = vocab_parallel_loss(
         hidden,
         weight,
         rows,
         fields,
         objective,
-        vocab_size=vocab_size or len(weight) * group_size(group),
+        vocab_size=len(weight) * group_size(group) if vocab_size is None else vocab_size,
         temperature=temperature,
         tp_group=group,
         sequence_parallel=sequence_parallel,
-        chunk_tokens=chunk_tokens or choose_chunk_tokens(hidden.shape[1], len(weight), hidden.device),
+        chunk_tokens=chosen if chunk_tokens is None else chunk_tokens,
         entropy_coef=entropy_coef,
         sweeps=sweeps,
         workspace=workspace,

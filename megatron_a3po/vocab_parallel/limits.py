@@ -1,4 +1,4 @@
-"""What the layer cannot do, refused in words before a wrong gradient comes of it."""
+"""What the layer cannot do, refused in words before a wrong gradient comes of it. Wrong arguments: `inputs`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_a3po.vocab_parallel.collectives import Group, group_rank, group_size
 from megatron_a3po.vocab_parallel.token_fields import Objective
-from megatron_a3po.vocab_parallel.trained_rows import TrainedRows
 
 
 class SpentOnce:
@@ -48,28 +46,6 @@ def refuse_loss_scaling(grad_scale_func: Callable[..., Any] | None) -> None:
         raise ValueError(
             "the loss layer writes the weight gradient in forward, so the loss cannot be scaled afterwards: "
             "train in bf16 or fp32, without grad_scale_func"
-        )
-
-
-def refuse_mismatch(
-    weight: Tensor, rows: TrainedRows, labels: Tensor, vocab_size: int, group: Group, sequence_parallel: bool
-) -> None:
-    """What would compute something else in silence, found without reading the device."""
-    ranks = group_size(group)
-    entries = ranks if sequence_parallel else 1
-    if len(rows.counts) != entries:
-        raise ValueError(
-            f"rows.counts has {len(rows.counts)} entries, but must have {entries}: under sequence parallelism every "
-            "rank's count (`TrainedRows.of_masks`), otherwise one (`TrainedRows.of_mask`)"
-        )
-    own = rows.counts[group_rank(group) if sequence_parallel else 0]
-    if len(rows.local) != own:
-        raise ValueError(f"rows.local has {len(rows.local)} rows, but rows.counts says {own} for this rank")
-    if len(labels) != rows.total:
-        raise ValueError(f"there are {len(labels)} labels, but {rows.total} trained rows")
-    if vocab_size > ranks * len(weight):
-        raise ValueError(
-            f"vocab_size is {vocab_size}, but {ranks} shards of {len(weight)} rows hold {ranks * len(weight)}"
         )
 
 

@@ -13,7 +13,14 @@ from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
 from megatron_a3po.vocab_parallel.collectives import Group
-from megatron_a3po.vocab_parallel.limits import refuse_mismatch, refuse_recompute, refuse_too_few_sweeps
+from megatron_a3po.vocab_parallel.inputs import (
+    refuse_fields,
+    refuse_matrices,
+    refuse_numbers,
+    refuse_rows,
+    refuse_vector,
+)
+from megatron_a3po.vocab_parallel.limits import refuse_recompute, refuse_too_few_sweeps
 from megatron_a3po.vocab_parallel.one_sweep import OneSweep
 from megatron_a3po.vocab_parallel.sweep import Sweep, Temperature
 from megatron_a3po.vocab_parallel.token_fields import Objective, TokenFields
@@ -65,7 +72,10 @@ def vocab_parallel_loss(
     must be 1; never inside activation recompute (`limits`).
     """
     refuse_too_few_sweeps(objective, sweeps)
-    refuse_mismatch(weight, rows, fields.labels, vocab_size, tp_group, sequence_parallel)
+    refuse_matrices(hidden, weight)
+    refuse_rows(hidden, rows, tp_group, sequence_parallel)
+    refuse_fields(fields, rows.total)
+    refuse_numbers(weight, rows.total, vocab_size, temperature, tp_group, chunk_tokens)
     refuse_recompute()
     workspace = workspace or Workspace()
     sweep = Sweep(vocab_size, temperature, tp_group, sequence_parallel, chunk_tokens, workspace, entropy_coef)
@@ -89,7 +99,10 @@ def vocab_parallel_logp(
     workspace: Workspace | None = None,
 ) -> tuple[Float32[Tensor, "trained"], Float32[Tensor, "trained"]]:
     """Log-prob and entropy of the trained tokens, without gradient: the recompute pass, a reference policy."""
-    refuse_mismatch(weight, rows, labels, vocab_size, tp_group, sequence_parallel)
+    refuse_matrices(hidden, weight)
+    refuse_rows(hidden, rows, tp_group, sequence_parallel)
+    refuse_vector("labels", labels, rows.total, integers=True)
+    refuse_numbers(weight, rows.total, vocab_size, temperature, tp_group, chunk_tokens)
     workspace = workspace or Workspace()
     sweep = Sweep(vocab_size, temperature, tp_group, sequence_parallel, chunk_tokens, workspace)
     logp, entropy = torch.zeros(2, rows.total, device=hidden.device)

@@ -13,16 +13,17 @@ policy near a frozen reference. Next: `loss`, the layer that calls an objective 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from megatron_a3po.algorithm.policy_loss import BehaveWeight, TokenLoss, decoupled_loss, sequence_loss
-from megatron_a3po.algorithm.proximal import Method, interpolate
+from megatron_a3po.algorithm.proximal import METHODS, Method, interpolate
 from megatron_a3po.vocab_parallel.token_fields import TokenFields
 
+BEHAVE_WEIGHTS: tuple[BehaveWeight, ...] = get_args(BehaveWeight)
 Anchor = Callable[[Float[Tensor, "tokens"], TokenFields], Float[Tensor, "tokens"]]
 
 
@@ -38,12 +39,15 @@ def own_anchor(logp: Float[Tensor, "tokens"], fields: TokenFields) -> Float[Tens
 
 def recomputed_anchor(logp: Float[Tensor, "tokens"], fields: TokenFields) -> Float[Tensor, "tokens"]:
     """log pi_prox as the forward-only pass of this step computed it."""
-    assert fields.prox_logp is not None, "the recomputed anchor needs TokenFields.prox_logp"
+    if fields.prox_logp is None:
+        raise ValueError("the recomputed anchor needs TokenFields.prox_logp, which is None")
     return fields.prox_logp
 
 
 def interpolated(method: Method) -> Anchor:
     """log pi_prox between behaviour and target by each token's staleness."""
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
 
     def anchor(logp: Float[Tensor, "tokens"], fields: TokenFields) -> Float[Tensor, "tokens"]:
         return interpolate(fields.behave_logp, logp, fields.staleness, method)
@@ -69,6 +73,15 @@ class ClippedObjective(ABC):
     behave_weight_cap: float = 5.0
     kl_coef: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.behave_weight not in BEHAVE_WEIGHTS:
+            raise ValueError(
+                f"behave_weight is {self.behave_weight!r}; it must be one of {', '.join(BEHAVE_WEIGHTS)}"
+            )
+        for name in ("eps_low", "eps_high", "behave_weight_cap"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must not be negative")
+
     @abstractmethod
     def token_loss(self, logp: Float[Tensor, "tokens"], fields: TokenFields) -> TokenLoss:
         """Loss, ratio, weight and clip of each token, before the loss weights and without the KL term."""
@@ -76,7 +89,8 @@ class ClippedObjective(ABC):
     def __call__(self, logp: Float[Tensor, "tokens"], fields: TokenFields) -> Float[Tensor, "tokens"]:
         loss = self.token_loss(logp, fields).loss
         if self.kl_coef != 0:
-            assert fields.reference_logp is not None, "a KL term needs TokenFields.reference_logp"
+            if fields.reference_logp is None:
+                raise ValueError("a KL term needs TokenFields.reference_logp, which is None")
             log_ratio = fields.reference_logp - logp
             loss = loss + self.kl_coef * (torch.expm1(log_ratio) - log_ratio)
         return loss * fields.loss_weights
@@ -104,7 +118,11 @@ class SequenceObjective(ClippedObjective):
     needs_all_tokens: ClassVar[bool] = True
 
     def token_loss(self, logp: Float[Tensor, "tokens"], fields: TokenFields) -> TokenLoss:
-        assert fields.sequence_ids is not None, "a sequence-level ratio needs TokenFields.sequence_ids"
+        if fields.sequence_ids is None or fields.num_sequences < 1:
+            raise ValueError(
+                "a sequence-level ratio needs TokenFields.sequence_ids and num_sequences; found "
+                f"{'no' if fields.sequence_ids is None else len(fields.sequence_ids)} ids and {fields.num_sequences}"
+            )
         return sequence_loss(
             logp,
             self.anchor(logp, fields),

@@ -36,26 +36,37 @@ class TrainedRows:
     """Indices of the trained rows on this rank, and every rank's count of them.
 
     counts: one entry per tensor-parallel rank under sequence parallelism, one entry without.
+    mask_length: of the mask they were taken from, if so; the hidden states must have as many rows.
     """
 
     local: Int[Tensor, "local_trained"]
     counts: tuple[int, ...]
+    mask_length: int | None = None
 
     @classmethod
     def of_mask(cls, mask: Bool[Tensor, "rows"]) -> "TrainedRows":
         """The rows where a mask is True, all ranks holding all rows. Reads a mask on a device once."""
+        _refuse_mask("mask", mask, 1, "[rows]")
         local = mask.nonzero()[:, 0]
-        return cls(local, (len(local),))
+        return cls(local, (len(local),), len(mask))
 
     @classmethod
     def of_masks(cls, masks: Bool[Tensor, "ranks rows"], tp_rank: int) -> "TrainedRows":
         """Under sequence parallelism: the masks of all ranks' slices, of which `tp_rank` is this rank's."""
-        return cls(masks[tp_rank].nonzero()[:, 0], tuple(masks.sum(1).tolist()))
+        _refuse_mask("masks", masks, 2, "[ranks, rows]")
+        return cls(masks[tp_rank].nonzero()[:, 0], tuple(masks.sum(1).tolist()), masks.shape[1])
 
     @property
     def total(self) -> int:
         """Trained tokens of the micro-batch, over all slices of the sequence."""
         return sum(self.counts)
+
+
+def _refuse_mask(name: str, mask: Tensor, num_dims: int, shape: str) -> None:
+    if mask.dtype != torch.bool or mask.dim() != num_dims:
+        raise ValueError(
+            f"{name} is {mask.dtype} of shape {tuple(mask.shape)}, but must be torch.bool of shape {shape}"
+        )
 
 
 @dataclass(frozen=True)
