@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_a3po.vocab_parallel import TokenFields, vocab_parallel_logp, vocab_parallel_loss
 from megatron_a3po.vocab_parallel.policy_objective import (
+    ClippedObjective,
     PolicyObjective,
     own_anchor,
     recomputed_anchor,
@@ -59,6 +60,9 @@ def test_every_objective_and_option(name: str, entropy_coef: float, temperature:
         objective=(OBJECTIVES | SEQUENCE_OBJECTIVES)[name], entropy_coef=entropy_coef, temperature=temperature
     )
     assert_agree(layer_answer(problem, chunk_tokens=7, sweeps=sweeps), reference_answer(problem))
+    if isinstance(problem.objective, ClippedObjective):
+        answer = layer_answer(problem, chunk_tokens=7, sweeps=sweeps, public=True)
+        assert_agree(answer, reference_answer(problem, public=True))
 
 
 @settings(max_examples=60, deadline=None)
