@@ -69,8 +69,9 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise InputError(f"{path} is not readable as JSON ({error}): remove it.") from None
-    if not isinstance(summary, dict):
-        raise InputError(f"{path} is no summary of a run: remove it.")
+    known = isinstance(summary, dict) and isinstance(summary.get("status"), str)
+    if not known or type(summary.get("steps")) is not int:
+        raise InputError(f"{path} is no summary of a run, which has `status` and `steps`: remove it.")
     return summary
 
 

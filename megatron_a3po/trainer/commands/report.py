@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(f"page: {out.resolve()}", soft_wrap=True, markup=False, highlight=False)
     _write(out, pasts, watched=arguments.watch)
     with suppress(KeyboardInterrupt):  # which is how a person ends it
-        while arguments.watch and any(past.summary is None for past in pasts):
+        while arguments.watch and not all(past.is_over for past in pasts):
             time.sleep(WATCH_S)
             pasts = [read_past(directory) for directory in directories]
             _write(out, pasts, watched=True)
@@ -63,7 +63,7 @@ def comparison(pasts: list[Past]) -> Table:
 
 def _write(out: Path, pasts: list[Past], *, watched: bool) -> None:
     """A page that is watched loads itself again for as long as a run goes on."""
-    goes_on = watched and any(past.summary is None for past in pasts)
+    goes_on = watched and not all(past.is_over for past in pasts)
     text = page(pasts, reload_s=WATCH_S if goes_on else None)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ POINTS = 1000
 DIGITS = 5
 TIME = "time/"
 WHOLE = "time/step"
+HISTOGRAM = "staleness/histogram"
 REST = "rest"
 MOST_STALENESSES = 12
 
@@ -121,7 +122,7 @@ def seconds_by_part(rows: Sequence[Row], limit: int = POINTS) -> dict[str, Any]:
 
 def shares_by_staleness(rows: Sequence[Row], limit: int = POINTS) -> dict[str, Any]:
     """A stack: the share of trained tokens of each staleness, freshest first; the oldest ones together."""
-    name = "staleness/histogram"
+    name = HISTOGRAM
     rows = [row for row in rows if row.get(name)]
     found = sorted({int(age) for row in rows for age in row[name]})
     last = found[MOST_STALENESSES - 1] if len(found) > MOST_STALENESSES else math.inf

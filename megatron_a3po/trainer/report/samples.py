@@ -13,6 +13,7 @@ SHOWN = 40  # over all runs
 MOST_TOKENS = 1500
 TOKEN_FIELDS = ("texts", "versions", "behave_logp", "logp", "importance_weight", "clipped")
 DIGITS = 4
+NUMBERS = {int, float, bool, type(None)}
 
 
 def samples(run_dirs: list[Path]) -> list[dict[str, Any]]:
@@ -55,10 +56,25 @@ def _line_starts(file: Path) -> list[int]:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """None for a torn line, and for one that is no trajectory."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=lambda name: None)  # NaN has no JSON form
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) and "response" in row else None
+    return row if isinstance(row, dict) and _is_trajectory(row) else None
+
+
+def _is_trajectory(row: dict[str, Any]) -> bool:
+    """Whether the page can show it: lists of the right kind, absent ones aside."""
+    kinds = dict.fromkeys(TOKEN_FIELDS, NUMBERS) | {"texts": {str}, "versions": {int}}
+    return (
+        type(row.get("step")) is int
+        and isinstance(row.get("response"), str)
+        and type(row.get("reward")) in NUMBERS
+        and type(row.get("current_version")) in NUMBERS
+        and all(
+            isinstance(row.get(name) or [], list) and set(map(type, row.get(name) or [])) <= kind
+            for name, kind in kinds.items()
+        )
+    )
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:

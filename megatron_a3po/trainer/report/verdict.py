@@ -25,10 +25,11 @@ class Verdict:
     ran: str
     learned: str
     cost: str
+    error: str | None  # of a run that stopped or crashed
 
 
 def verdict(past: Past) -> Verdict:
-    return Verdict(status(past), _ran(past), _learned(past), _cost(past))
+    return Verdict(status(past), _ran(past), _learned(past), _cost(past), past.error)
 
 
 def figures(past: Past) -> dict[str, str]:
@@ -43,7 +44,7 @@ def figures(past: Past) -> dict[str, str]:
     return {
         "status": status(past),
         "starts": _number(rows[-1].get("attempt"), ".0f") if rows else NOTHING,
-        "wall time": NOTHING if "wall_seconds" not in summary else duration(summary["wall_seconds"]),
+        "wall time": _wall_time(past) or NOTHING,
         "accuracy, before": _number(before, ".3f"),
         "accuracy, latest": _number(after, ".3f"),
         "gain": _number(gain, "+.3f"),
@@ -82,7 +83,7 @@ def status(past: Past) -> str:
     if past.summary is not None:
         return f"{past.summary['status']}, {past.summary['steps']} steps"
     reached, planned = past.rows[-1]["step"] if past.rows else 0, past.config.get("trainer.steps", "?")
-    return f"unfinished, step {reached} of {planned}"
+    return f"{'running' if past.is_running else 'stopped or crashed'}, step {reached} of {planned}"
 
 
 def _ran(past: Past) -> str:
@@ -144,8 +145,8 @@ def _went(before: float, after: float) -> str:
 
 def _cost(past: Past) -> str:
     rows, parts = past.rows, []
-    if past.summary is not None and past.summary.get("wall_seconds") is not None:
-        parts.append(f"{duration(past.summary['wall_seconds'])} in all")
+    if wall_time := _wall_time(past):
+        parts.append(wall_time)
     seconds, waited = mean_of(rows, "time/step"), mean_of(rows, "time/wait_for_samples")
     if seconds:
         share = f", {waited / seconds:.0%} of it waiting for samples" if waited is not None else ""
@@ -157,6 +158,15 @@ def _cost(past: Past) -> str:
     if memory := _memory(past):
         parts.append(f"at most {', '.join(memory)}")
     return "; ".join(parts) + "." if parts else "No step was recorded."
+
+
+def _wall_time(past: Past) -> str | None:
+    """Of a run without a summary that of its recorded steps."""
+    if past.summary is not None:
+        seconds = past.summary.get("wall_seconds")
+        return None if seconds is None else f"{duration(seconds)} in all"
+    seconds = sum(row.get("time/step") or 0.0 for row in past.rows)
+    return f"{duration(seconds)} in its steps so far" if seconds else None
 
 
 def _memory(past: Past) -> list[str]:

@@ -51,6 +51,36 @@ def test_what_is_no_trajectory_is_passed_over(tmp_path: Path):
     assert samples([tmp_path]) == []
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"versions": [-1, None, 0]},
+        {"versions": {"0": 1}},
+        {"step": "1"},
+        {"step": True},
+        {"response": None},
+        {"reward": "high"},
+        {"texts": [1, 2, 3]},
+        {"clipped": "no"},
+        {"behave_logp": [0.0, {}, []]},
+        {"current_version": [3]},
+    ],
+    ids=str,
+)
+def test_a_damaged_trajectory_is_passed_over(tmp_path: Path, damage: dict[str, object]):
+    run = write(tmp_path / "odd", 1)
+    sound = json.loads((run / "samples.jsonl").read_text())
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (sound, sound | damage)))
+    assert len(samples([run])) == 1
+
+
+def test_a_number_without_a_json_form_is_none(tmp_path: Path):
+    run = write(tmp_path / "odd", 1)
+    row = json.loads((run / "samples.jsonl").read_text()) | {"behave_logp": [0.0, float("nan"), float("inf")]}
+    (run / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    assert samples([run])[0]["behave_logp"] == [None, None]
+
+
 def test_samples_without_texts_have_no_colours(tmp_path: Path):
     (tmp_path / "samples.jsonl").write_text(
         '{"step": 1, "response": "yes", "versions": [-1, 0], "tokens": [3, 4]}\n'
