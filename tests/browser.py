@@ -46,10 +46,10 @@ def chromium() -> str | None:
 
 
 def open_page(
-    page: Path, *, width: int = 1280, dark: bool = False, first: str = "", then: str = ""
+    page: Path, *, width: int = 1280, dark: bool = False, first: str = "", then: str = "", waits_ms: int = 0
 ) -> Opened:
-    """Open a file from disk; `first` and `then` are scripts that run before its own and at the end of it. Skips where
-    there is no browser."""
+    """Open a file from disk; `first` and `then` are scripts that run before its own and at the end of it, with timers
+    of up to `waits_ms`, of the browser's own time. Skips where there is no browser."""
     if (program := chromium()) is None:
         pytest.skip(LEFT_OUT)
     with tempfile.TemporaryDirectory() as folder:
@@ -66,6 +66,7 @@ def open_page(
                 *OPTIONS,
                 f"--user-data-dir={folder}/profile",
                 f"--window-size={width},900",
+                *([f"--virtual-time-budget={waits_ms}"] if waits_ms else []),
                 f"--blink-settings=preferredColorScheme={0 if dark else 1}",
                 "--dump-dom",
                 opened.as_uri(),

@@ -9,6 +9,20 @@ const OPENED = 3; // responses shown at first
 const DASHES = [[], [6, 4], [2, 3], [10, 3, 2, 3]];
 const plots = [];
 
+// What a person has chosen here, for when the page is loaded again.
+const kept = `report ${location.pathname}`;
+const chosen = { steps: null, colour: "version", opened: {} };
+try {
+  Object.assign(chosen, JSON.parse(sessionStorage.getItem(kept)));
+} catch { /* a page without storage, as in a mail */ }
+
+function keep(change) {
+  Object.assign(chosen, change);
+  try {
+    sessionStorage.setItem(kept, JSON.stringify(chosen));
+  } catch { /* likewise */ }
+}
+
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const runColour = run => colour(`--run-${run % 8}`);
 const isDark = () => matchMedia("(prefers-color-scheme: dark)").matches;
@@ -33,8 +47,13 @@ function words(value) {
 function options(width, xs, series) {
   const ink = colour("--quiet"), line = { stroke: colour("--line"), width: 1 };
   const pad = xs.length <= FEW ? 0.5 : 0;
+  const zoomed = (chart, scale) => {
+    if (scale !== "x" || chart.status !== 1) return; // not while it is made
+    const { min, max } = chart.scales.x;
+    keep({ steps: min === xs[0] - pad && max === xs.at(-1) + pad ? null : [min, max] });
+  };
   return {
-    width, height: HEIGHT, series,
+    width, height: HEIGHT, series, hooks: { setScale: [zoomed] },
     cursor: { sync: { key: "steps", scales: ["x", null] }, drag: { x: true, y: false }, points: { size: 6 } },
     scales: { x: { time: false, range: (u, low, high) => [low - pad, high + pad] } },
     axes: [
@@ -78,12 +97,12 @@ function lineFigure(figure) {
 }
 
 function stackColour(figure, index) {
-  const count = figure.parts.length;
-  if (figure.title.includes("staleness")) { // an order: from cool and light to warm and strong
-    const t = count > 1 ? index / (count - 1) : 0;
+  const { label, place } = figure.parts[index];
+  if (figure.ordered) { // from cool and light to warm and strong
+    const t = place / Math.max(figure.last, 1);
     return `hsl(${210 - 190 * t} ${55 + 20 * t}% ${isDark() ? 62 - 8 * t : 70 - 22 * t}%)`;
   }
-  return figure.parts[index].label === "rest" ? colour("--line") : colour(`--run-${index % 8}`);
+  return label === "rest" ? colour("--line") : runColour(place);
 }
 
 function stackFigure(figure) {
@@ -103,7 +122,9 @@ function draw({ figure, place }) {
   const [values, series] = figure.kind === "stack" ? stackFigure(figure) : lineFigure(figure);
   const made = options(place.clientWidth, values[0], series);
   if (figure.kind === "stack") made.scales.y = { range: (u, low, high) => [0, high > 0 ? high * 1.02 : 1] };
-  return new uPlot(made, values, place);
+  const chart = new uPlot(made, values, place);
+  if (chosen.steps) chart.setScale("x", { min: chosen.steps[0], max: chosen.steps[1] });
+  return chart;
 }
 
 function drawAll() {
@@ -205,13 +226,18 @@ function listSamples() {
     const prompt = String(sample.prompt ?? "");
     said.push(prompt.length > 60 ? `${prompt.slice(0, 60)}...` : prompt);
     element("summary", box, said.join(" \u00b7 "));
+    const name = [sample.run, sample.step, prompt, sample.response].join("\n").slice(0, 200);
     const fill = () => {
       if (!box.open || box.querySelector(".response")) return;
       response(sample, box);
       if (sample.texts) opened.push([sample, box.querySelector(".response")]);
     };
-    box.addEventListener("toggle", fill);
-    box.open = shown.has(index);
+    const before = chosen.opened[name] ?? shown.has(index);
+    box.addEventListener("toggle", () => {
+      fill();
+      if (box.open !== (chosen.opened[name] ?? before)) keep({ opened: { ...chosen.opened, [name]: box.open } });
+    });
+    box.open = before;
     fill();
   });
 }
@@ -237,10 +263,11 @@ function showKey() {
   key.append("Framed tokens were clipped.");
 }
 
+document.querySelector(`input[name=colour][value=${chosen.colour}]`).checked = true;
 listSamples();
 showKey();
 for (const choice of document.querySelectorAll("input[name=colour]"))
-  choice.addEventListener("change", () => { showKey(); opened.forEach(pair => paint(...pair)); });
+  choice.addEventListener("change", () => { keep({ colour: choice.value }); showKey(); opened.forEach(pair => paint(...pair)); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   drawAll();
   showKey();

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_a3po.trainer.health import APPROXIMATION, UPDATE
+from megatron_a3po.metric_names import APPROXIMATION, UPDATE
 from megatron_a3po.trainer.report import curves
 from megatron_a3po.trainer.report.curves import POINTS, Row, Value, metric, quotient, scaled
 from megatron_a3po.trainer.report.past import Past
@@ -47,6 +47,7 @@ class Stack:
     title: str
     note: str
     parts: Callable[[Sequence[Row], int], dict[str, Any]]
+    ordered: bool = False  # its parts are numbers, and their colours a scale
 
 
 def update(quantity: str, *labels: str) -> tuple[Line, ...]:
@@ -68,6 +69,7 @@ AGES = Stack(
     "Trained tokens by staleness",
     "The share of each staleness among a step's trained tokens.",
     curves.shares_by_staleness,
+    ordered=True,
 )
 STALENESS = (
     Plot(
@@ -185,9 +187,15 @@ def _lines(pasts: Sequence[Past], limit: int, plot: Plot) -> dict[str, Any]:
 
 
 def _stacks(pasts: Sequence[Past], limit: int, stack: Stack) -> list[dict[str, Any]]:
-    return [
-        _figure("stack", stack, run=run, **stack.parts(past.rows, limit)) for run, past in enumerate(pasts)
-    ]
+    """One of each run. A part has the same colour in all of them: that of its number on a scale up to the largest of
+    any run, or of its place in the order of all parts there are."""
+    made = [stack.parts(past.rows, limit) for past in pasts]
+    labels = dict.fromkeys(part["label"] for one in made for part in one["parts"])
+    places = {label: int(label.split()[0]) if stack.ordered else place for place, label in enumerate(labels)}
+    scale = {"ordered": stack.ordered, "last": max(places.values(), default=0)}
+    for one in made:
+        one["parts"] = [part | {"place": places[part["label"]]} for part in one["parts"]]
+    return [_figure("stack", stack, run=run, **scale, **one) for run, one in enumerate(made)]
 
 
 def _accuracy(pasts: Sequence[Past], limit: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ const painted = [...document.querySelectorAll('canvas')].map(canvas =>
   inked(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height)));
 document.documentElement.dataset.painted = Math.min(...painted);
 """
+PAPER = "document.documentElement.dataset.paper = getComputedStyle(document.body).backgroundColor;"
 BUSY = "let sum = 0; for (let i = 0; i < 1.5e9; i++) sum = (sum * 31 + i) % 1000003;"
 ALL_FIGURES = 19
 
@@ -44,8 +45,9 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
 def test_ten_thousand_steps(long_run: Path, width: int, dark: bool):
-    opened = open_page(long_run, width=width, dark=dark, then=WIDER + PAINTED)
+    opened = open_page(long_run, width=width, dark=dark, then=WIDER + PAINTED + PAPER)
     assert not opened.console
+    assert opened.noted("paper") == ("rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)")
     assert opened.cpu_s < OPENS_S
     assert len(titles(opened)) == opened.document.count("<canvas") == ALL_FIGURES
     assert int(opened.noted("wider")) <= 0
@@ -102,7 +104,7 @@ def test_a_crashed_run_and_one_that_recorded_nothing(tmp_path: Path):
         (run / name).write_bytes((run / name).read_bytes()[:-30])
     opened = open_page(written(run))
     assert not opened.console
-    assert "unfinished, step 6 of 10000" in opened.document
+    assert "stopped or crashed, step 6 of 10000" in opened.document
     assert len(titles(opened)) == ALL_FIGURES
     (run / "metrics.jsonl").unlink()
     (run / "samples.jsonl").unlink()
@@ -112,13 +114,17 @@ def test_a_crashed_run_and_one_that_recorded_nothing(tmp_path: Path):
     assert titles(opened) == []
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "many", [1]])
+@pytest.mark.parametrize(
+    "value", [None, float("nan"), float("inf"), "many", [1], {"0": 1}, 10**400], ids=lambda v: str(v)[:9]
+)
 def test_a_metric_that_is_no_number(tmp_path: Path, value: object):
     run = write_run(tmp_path / "odd", 5)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows[2] |= dict.fromkeys(
         ("loss", "grad_norm", "reward/avg", "staleness/max", "time/publish", "tokens/trained"), value
     )
+    if isinstance(value, str | list):
+        rows[2]["staleness/histogram"] = {"0": 0} if isinstance(value, str) else {"0": value, "old": 1}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     opened = open_page(written(run))
     assert not opened.console
@@ -135,6 +141,69 @@ def test_several_runs_share_their_figures(tmp_path: Path):
     assert "Seconds of a step: other" in found
     reward = opened.document.split("<h3>Sampled reward")[1].split("</figure>")[0]
     assert all(f">{name}" in reward for name in ("one", "other", "third"))
+
+
+HUES = """
+const hues = {};
+document.querySelectorAll('figure').forEach(figure => {
+  const title = figure.querySelector('h3').textContent;
+  if (!title.startsWith('Trained tokens') && !title.startsWith('Seconds')) return;
+  hues[title] = Object.fromEntries([...figure.querySelectorAll('.u-series')].slice(1).map(row =>
+    [row.querySelector('.u-label').textContent, row.querySelector('.u-marker').style.background]));
+});
+document.documentElement.dataset.hues = encodeURIComponent(JSON.stringify(hues));
+"""
+
+
+def test_a_part_has_one_colour_in_all_runs(tmp_path: Path):
+    young = {"staleness/histogram": {"0": 5, "2": 5}, "time/publish": 9.0, "time/step": 20.0}
+    runs = [write_run(tmp_path / "young", 3, **young), write_run(tmp_path / "old", 3)]
+    opened = open_page(written(*runs), then=HUES)
+    assert not opened.console
+    hues = json.loads(unquote(opened.noted("hues")))
+    for title in ("Trained tokens by staleness", "Seconds of a step"):
+        one, other = hues[f"{title}: young"], hues[f"{title}: old"]
+        assert len(one) > 1
+        assert all(one[label] == other[label] for label in one)
+        assert len(set(other.values())) == len(other)
+
+
+CHOOSE = """
+const notes = document.documentElement.dataset;
+const zoomed = () => JSON.parse(Object.values(sessionStorage)[0] ?? '{}').steps;
+const boxes = [...document.querySelectorAll('details')].slice(0, 5);
+const say = () => {
+  notes.steps = zoomed();
+  notes.colour = document.querySelector('input[name=colour]:checked').value;
+  notes.opened = boxes.map(box => Number(box.open)).join('');
+};
+if (window.name !== 'again') {
+  window.name = 'again';
+  document.querySelector('input[value=weight]').click();
+  boxes[0].open = !boxes[0].open;
+  boxes[4].open = !boxes[4].open;
+  const over = document.querySelector('.u-over'), { left, top, width } = over.getBoundingClientRect();
+  const at = (kind, x) => over.dispatchEvent(new MouseEvent(kind,
+    { bubbles: true, clientX: left + x, clientY: top + 50, button: 0, movementX: 1, movementY: 1 }));
+  setTimeout(() => {
+    at('mouseenter', 0); at('mousemove', width / 4); at('mousedown', width / 4);
+    at('mousemove', width / 2); at('mouseup', width / 2);
+    setTimeout(() => location.reload(), 100);
+  }, 100);
+} else say();
+"""
+
+
+def test_what_was_chosen_outlives_a_reload(tmp_path: Path):
+    """Zoom, colouring, and which responses are open, as where a page that is watched loads itself again."""
+    opened = open_page(
+        written(write_run(tmp_path / "watched", 20, num_samples=1)), then=CHOOSE, waits_ms=5000
+    )
+    assert not opened.console
+    low, high = map(float, opened.noted("steps").split(","))
+    assert 1 < low < 7 < 9 < high < 12
+    assert opened.noted("colour") == "weight"
+    assert opened.noted("opened") == "10001"
 
 
 TOUCH = """
