@@ -155,6 +155,7 @@ def _config(arguments: argparse.Namespace, folder: Path) -> Config:
     model.mkdir()
     (model / "config.json").write_text(json.dumps(template))
     (folder / "run").mkdir()
+    (folder / "none.jsonl").touch()
     return Config.model_validate(
         {
             "run_dir": str(folder / "run"),

@@ -50,7 +50,7 @@ class Progress:
     wall_seconds: float = 0.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """What the loop works with. `client` and `journal` exist on rank 0 only."""
 

@@ -2,7 +2,8 @@
 
     checkpoints/step-<n>/     complete when, and only when, the name has no suffix
         actor/                model, optimizer, schedule (actor/checkpoint.py)
-        trainer.json          step (and so version), the attempt that made it, what else the loop counts
+        trainer.json          step (and so version), the attempt that made it, what data.train held, what else the
+                              loop counts
         model.json            the shape of the model
         rollouts.npz          prompt cursor, prompts in flight, finished groups (trainer/rollout_state.py)
         config.yaml           the configuration it was written under
@@ -30,7 +31,7 @@ from megatron_a3po.errors import ConfigError, InputError
 from megatron_a3po.trainer.attempt import Attempt, lock
 from megatron_a3po.trainer.summary import read_summary
 from megatron_a3po.weights.aside import put_back, telling, write_aside, written_aside
-from megatron_a3po.weights.manifest import MANIFEST, damage
+from megatron_a3po.weights.manifest import MANIFEST, checksum, damage
 
 FORMAT = 2  # 2: layers by number, rollouts without a pickle
 PREFIX = "step-"
@@ -141,7 +142,7 @@ def _refuse_unfit(checkpoint: Path, config: Config) -> None:
 
 def _refuse_another_meaning(checkpoint: Path, config: Config) -> None:
     """What a checkpoint counts (prompts, steps of the schedule) must be counted alike; the rest may be changed for a
-    run that goes on from it. Errors: ConfigError names the keys."""
+    run that goes on from it. Errors: ConfigError names the keys, InputError the data."""
     meaning = set(SCHEDULE)
     if config.actor.lr_decay_style != "constant":
         meaning |= {"actor.lr_decay_iters"}
@@ -149,6 +150,13 @@ def _refuse_another_meaning(checkpoint: Path, config: Config) -> None:
             meaning |= {"trainer.steps", "actor.num_mini_batches"}  # which then say how long it decays
     if config.needs_rollouts:
         meaning |= set(PROMPTS)
+    saved, now = read_trainer_state(checkpoint).get("data"), data_of(config)
+    if saved and now and saved != now:
+        raise InputError(
+            f"{checkpoint} was written with another content of data.train={config.data.train} ({saved['rows']} rows, "
+            f"now {now['rows']}, or other ones), in whose order its prompts are counted; give it back what it had, or "
+            "begin anew with run_dir=..."
+        )
     keys = [key for key in differing_keys(checkpoint / "config.yaml", config) if key in meaning]
     if keys:
         raise ConfigError(
@@ -242,6 +250,15 @@ def keep_reference(directory: Path, checkpoint: Path) -> None:
     if theirs.resolve() != directory.resolve():
         with written_aside(directory) as aside:
             shutil.copytree(theirs, aside, dirs_exist_ok=True)
+
+
+def data_of(config: Config) -> dict[str, Any] | None:
+    """What data.train holds; None where no prompts are counted."""
+    if not config.needs_rollouts:
+        return None
+    file = Path(config.data.train)
+    with file.open("rb") as lines:
+        return {"rows": sum(1 for line in lines if line.strip()), "sha256": checksum(file)}
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:

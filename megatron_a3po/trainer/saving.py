@@ -36,10 +36,20 @@ from megatron_a3po.actor.store import own_connection
 from megatron_a3po.config import Config, to_yaml
 from megatron_a3po.lifetime import kill_point
 from megatron_a3po.trainer.attempt import Attempt
-from megatron_a3po.trainer.recovery import FORMAT, PREFIX, ROLLOUTS, checkpoints_of, step_of
+from megatron_a3po.trainer.recovery import FORMAT, PREFIX, ROLLOUTS, checkpoints_of, data_of, step_of
 from megatron_a3po.trainer.rollout_state import write_rollout_state
 from megatron_a3po.trainer.source import from_main
-from megatron_a3po.weights.aside import FULL, make_durable, put_in_place, remove, sync, what_failed
+from megatron_a3po.weights.aside import (
+    FULL,
+    aside_of,
+    drop_aside,
+    make_durable,
+    open_aside,
+    put_in_place,
+    remove,
+    sync,
+    what_failed,
+)
 from megatron_a3po.weights.manifest import write_manifest
 
 logger = logging.getLogger(__name__)
@@ -52,7 +62,8 @@ class Checkpoint:
     def __init__(self, attempt: Attempt, step: int) -> None:
         self.attempt, self.step = attempt, step
         self.final = attempt.run_dir / "checkpoints" / f"{PREFIX}{step}"
-        self.aside = self.final.with_name(f"{self.final.name}.attempt-{attempt.number}.tmp")
+        self._own = self.final.with_name(f"{self.final.name}.attempt-{attempt.number}")
+        self.aside = aside_of(self._own)
 
     @property
     def actor_directory(self) -> Path:
@@ -60,11 +71,11 @@ class Checkpoint:
 
     def open(self) -> None:
         """Rank 0, before any rank writes."""
-        self.drop()
-        self.actor_directory.mkdir(parents=True)
+        open_aside(self._own)
+        self.actor_directory.mkdir()
 
     def drop(self) -> None:
-        shutil.rmtree(self.aside, ignore_errors=True)
+        drop_aside(self._own)
 
     def complete(self, checksums: dict[str, str]) -> None:
         """Rank 0, once everything is written: the manifest, the disk, the final name."""
@@ -151,6 +162,7 @@ class Saving:
         self._memory = HostMemory()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._parts = Parts(actor.grid.world_rank, actor.grid.world_size)
+        self._data = data_of(config) if actor.grid.is_main else None
         self._number = 0  # of checkpoints begun
         self._under_way: UnderWay | None = None
         self._newest: int | None = None  # the step of the last one begun that has not failed
@@ -220,13 +232,20 @@ class Saving:
         self._parts.put(number, (part, state.num_bytes))
 
     def _complete(self, number: int, now: UnderWay, asked: "Future[dict[str, Any]] | None") -> str | None:
-        """In rank 0's thread. Returns what went wrong with the files. Errors: what the rollouts or a fence say."""
+        """In rank 0's thread. Returns what went wrong with the files, or why the rollouts' state is not there. Errors:
+        what the rollouts or a fence say."""
         checkpoint, aside = now.checkpoint, now.checkpoint.aside
         parts = self._parts.take_all(number)
         if failed := [part for part, _ in parts if isinstance(part, Unwritten)]:
             num_bytes = sum(size for _, size in parts)
             return _lack(failed, num_bytes, aside)
-        rollouts = asked.result() if asked else None
+        patience_s = self._config.distributed.timeout_s
+        # Under fixed_staleness the answer waits for samples, which may take as long as they like.
+        limit_s = patience_s if self._config.rollout.fixed_staleness is None else None
+        try:
+            rollouts = asked.result(limit_s) if asked else None
+        except TimeoutError:
+            return f"the rollout process has not told its state within distributed.timeout_s={patience_s:g}"
 
         def write() -> None:
             checksums = actor_checkpoint.complete(
@@ -238,7 +257,9 @@ class Saving:
             )
             (aside / "config.yaml").write_text(to_yaml(self._config))
             (aside / "model.json").write_text(json.dumps(dataclasses.asdict(self._actor.shape)))
-            (aside / "trainer.json").write_text(json.dumps({"attempt": self._attempt.number, **now.trainer}))
+            (aside / "trainer.json").write_text(
+                json.dumps({"attempt": self._attempt.number, "data": self._data, **now.trainer})
+            )
             write_rollout_state(aside / ROLLOUTS, rollouts)
             checkpoint.complete(checksums)
 

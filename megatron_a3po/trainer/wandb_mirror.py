@@ -70,7 +70,7 @@ def follow(run_dir: Path, ended: threading.Event) -> None:
     # `wandb sync` takes a file for a whole run: each begins at the beginning, so that the latest has everything.
     read = dict(sent) if online else {}
     known: set[str] = set()
-    last = False
+    last, said = False, ""
     while not last:
         last = ended.wait(POLL_S)
         for prefix, file in files.items():
@@ -81,7 +81,9 @@ def follow(run_dir: Path, ended: threading.Event) -> None:
                     run.define_metric(name, step_metric=f"{prefix}step")
                 known |= values.keys()
                 run.log(values)
-        write_aside(kept, json.dumps(read if online else sent))
+        if (now := json.dumps(read if online else sent)) != said:
+            write_aside(kept, now)
+            said = now
     run.finish()
 
 

@@ -159,16 +159,16 @@ def _session(
         if journal is not None:
             journal.earlier_s = progress.wall_seconds
         run = Run(
-            config,
-            actor,
-            attempt,
-            saving,
-            source,
-            client,
-            journal,
-            progress,
-            step_filter,
-            reference,
+            config=config,
+            actor=actor,
+            attempt=attempt,
+            saving=saving,
+            source=source,
+            client=client,
+            journal=journal,
+            progress=progress,
+            step_filter=step_filter,
+            reference=reference,
             transport=transport,
         )
         return _train_or_save(run)
@@ -273,7 +273,8 @@ def _restore(actor: Actor, checkpoint: Path | None) -> tuple[Progress, dict[str,
         return Progress(), None
     actor_checkpoint.load(actor, checkpoint / "actor")
     counters = recovery.read_trainer_state(checkpoint)
-    del counters["attempt"]
+    for name in ("attempt", "data"):
+        counters.pop(name, None)
     progress = Progress(**counters)
     return progress, read_rollout_state(checkpoint / recovery.ROLLOUTS)
 

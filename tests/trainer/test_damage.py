@@ -21,7 +21,7 @@ from megatron_a3po.config import Config, load_config, read_model_shape, to_yaml
 from megatron_a3po.errors import ConfigError, InputError
 from megatron_a3po.trainer import recovery
 from megatron_a3po.trainer.attempt import Attempt, lock, newest_attempt
-from megatron_a3po.trainer.recovery import FORMAT, begin, claim
+from megatron_a3po.trainer.recovery import FORMAT, begin, claim, data_of
 from megatron_a3po.trainer.saving import Checkpoint
 from megatron_a3po.weights.manifest import MANIFEST, write_manifest
 from tests.trainer.replay import Replays
@@ -41,7 +41,8 @@ def with_checkpoints(config: Config, *steps: int, format_number: int = FORMAT) -
         shape = dataclasses.asdict(read_model_shape(config.model.hf_path))
         (folder / "model.json").write_text(json.dumps(shape))
         (folder / "config.yaml").write_text(to_yaml(config))
-        (folder / "trainer.json").write_text(json.dumps({"attempt": 1, "step": step}))
+        state = {"attempt": 1, "step": step, "data": data_of(config)}
+        (folder / "trainer.json").write_text(json.dumps(state))
         (folder / "part").write_text("weights")
         write_manifest(folder, format_number)
     (run_dir / "config.yaml").write_text(to_yaml(config))
@@ -125,6 +126,23 @@ def test_another_format_is_no_damage(config: Config) -> None:
         with pytest.raises(InputError, match=rf"step-9 is in format {FORMAT + 1}, .* reads format {FORMAT}"):
             begin(config, resume)
     assert names(run_dir) == there
+
+
+def test_prompts_are_counted_in_one_file(config: Config, tmp_path: Path) -> None:
+    """Another content is refused where prompts are drawn; a replay has none."""
+    train = tmp_path / "train.jsonl"
+    train.write_text('{"prompt": "1+1=", "answer": "2"}\n\n{"prompt": "1+2=", "answer": "3"}\n')
+    data = config.data.model_copy(update={"train": str(train)})
+    trainer = config.trainer.model_copy(update={"replay": None})
+    live = config.model_copy(update={"data": data, "trainer": trainer})
+    run_dir = with_checkpoints(live, 3)
+    assert begin(live, "auto").kind == "continue"
+    train.write_text('{"prompt": "1+2=", "answer": "3"}\n')
+    for one, resume in ((live, "auto"), (live.model_copy(update={"run_dir": f"{run_dir}-2"}), str(run_dir))):
+        with pytest.raises(InputError, match=r"step-3 was .* of data\.train=.*train\.jsonl \(2 rows, now 1"):
+            begin(one, resume)
+    replayed = config.model_copy(update={"data": data, "run_dir": f"{run_dir}-3"})
+    assert begin(replayed, str(run_dir)).kind == "continue"
 
 
 def test_what_has_just_been_completed_is_kept_whatever_else_is_there(config: Config) -> None:

@@ -92,6 +92,7 @@ def test_a_run_goes_on_while_the_disk_is_full(disk: tuple[Path, bool], tmp_path:
 
 
 def test_a_disk_that_stays_full_ends_the_run_in_words(disk: tuple[Path, bool], tmp_path: Path) -> None:
+    """And once there is room, the run goes on, but for other prompts."""
     folder, mounted = disk
     task, run_dir = Task(tmp_path), folder / "run"
     keys = [f"run_dir={run_dir}", "trainer.steps=5", "trainer.save_every=1", "rollout.max_staleness=1"]
@@ -103,6 +104,13 @@ def test_a_disk_that_stays_full_ends_the_run_in_words(disk: tuple[Path, bool], t
     assert "no checkpoint of step 3 either" in said
     assert "Traceback" not in said
     (folder / "ballast").unlink(missing_ok=True)
+    train = tmp_path / "train.jsonl"
+    rows_there = train.read_text()
+    train.write_text(rows_there + '{"prompt": "9+9=", "answer": "18"}\n')
+    ended = task.start("run", *keys).wait()
+    assert ended.code == 2, ended.output
+    assert f"step-1 was written with another content of data.train={train} (73 rows, now 74" in ended.output
+    train.write_text(rows_there)
     ended = task.start("run", *keys).wait()
     assert ended.code == 0, ended.output
     rows = read_metrics(run_dir)

@@ -19,6 +19,7 @@ from megatron_a3po.actor.actor import Actor
 from megatron_a3po.actor.optimizer import Schedule
 from megatron_a3po.actor.snapshot import HostMemory
 from megatron_a3po.config import Config
+from megatron_a3po.config.distributed import DistributedSection
 from megatron_a3po.trainer import saving as trainer_saving
 from megatron_a3po.trainer.attempt import Attempt
 from megatron_a3po.trainer.recovery import latest_checkpoint
@@ -115,6 +116,25 @@ def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_stays(replays: Replay
             assert ("No space left on device" if disk else "File too large") in problem
         assert names(run_dir) == ["step-5", "step-6"]
         assert latest_checkpoint(run_dir) == (run_dir / "checkpoints" / "step-6", ())
+
+
+def test_rollouts_that_do_not_answer_hold_up_one_checkpoint(replays: Replays, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+
+    def save(actor: Actor) -> list[str | None]:
+        config = _config(replays, tmp_path / "run")
+        config = config.model_copy(update={"distributed": DistributedSection(timeout_s=0.5)})
+        saving = Saving(config, actor, Attempt(tmp_path / "run", 1))
+        start(actor)
+        said = []
+        for step, rollouts in ((1, Future()), (2, _rollouts())):
+            saving.begin({"step": step}, rollouts)
+            said.append(saving.finish())
+        return said
+
+    (said,) = on_actors(save, replays.folder / "model")
+    assert said == ["the rollout process has not told its state within distributed.timeout_s=0.5", None]
+    assert names(tmp_path / "run") == ["step-2"]
 
 
 def _rollouts() -> "Future[dict[str, Any]]":
