@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 BehaveWeight = Literal["clamp", "mask", "off"]
+LARGE_LOG_RATIO = 60.0  # a ratio of 1e26: over every clip, and finite times any advantage
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ def decoupled_loss(
     loss is 0. Source: decoupled PPO (Hilton et al. 2022, eq. 4); A-3PO, eq. 2.
     """
     logp, prox_logp, behave_logp, advantages = _trained(mask, logp, prox_logp, behave_logp, advantages)
-    ratio = torch.exp(logp - prox_logp.detach())
     weight = torch.exp(prox_logp - behave_logp).detach()
+    silenced = _silenced(weight, behave_weight, behave_weight_cap)
+    ratio, measured = _ratio(logp - prox_logp.detach(), advantages, silenced)
     objective, clipped = _clipped_objective(ratio, advantages, eps_low, eps_high, dual_clip)
-    loss = _apply_weight(-objective, weight, behave_weight, behave_weight_cap)
-    return TokenLoss(loss, ratio.detach(), weight, clipped)
+    loss = _apply_weight(-objective, weight, silenced, behave_weight, behave_weight_cap)
+    return TokenLoss(loss, measured, weight, clipped)
 
 
 def sequence_loss(
@@ -90,11 +92,23 @@ def sequence_loss(
         lengths = zeros.index_add(0, sequence_ids, counted).clamp(min=1)
         return (zeros.index_add(0, sequence_ids, values * counted) / lengths)[sequence_ids]
 
-    ratio = torch.exp(sequence_mean(logp - prox_logp.detach()))
     weight = torch.exp(sequence_mean(prox_logp - behave_logp)).detach()
+    silenced = _silenced(weight, behave_weight, behave_weight_cap)
+    ratio, measured = _ratio(sequence_mean(logp - prox_logp.detach()), advantages, silenced)
     objective, clipped = _clipped_objective(ratio, advantages, eps_low, eps_high, dual_clip)
-    loss = _apply_weight(-objective, weight, behave_weight, behave_weight_cap)
-    return TokenLoss(loss, ratio.detach(), weight, clipped)
+    loss = _apply_weight(-objective, weight, silenced, behave_weight, behave_weight_cap)
+    return TokenLoss(loss, measured, weight, clipped)
+
+
+def _ratio(log_ratio: Tensor, advantages: Tensor, silenced: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(log_ratio), twice: for the loss, and as it is measured.
+
+    For the loss an infinity that decides nothing, clipped or silenced, is a large number without gradient: its own
+    would be 0 * inf. One that decides stays, to be found and skipped.
+    """
+    measured = log_ratio.detach().exp()
+    decides_nothing = measured.isinf() & ((advantages >= 0) | silenced)
+    return torch.exp(torch.where(decides_nothing, LARGE_LOG_RATIO, log_ratio)), measured
 
 
 def _clipped_objective(
@@ -109,13 +123,20 @@ def _clipped_objective(
     return objective, (clipped < plain).detach()
 
 
-def _apply_weight(loss: Tensor, weight: Tensor, behave_weight: BehaveWeight, cap: float) -> Tensor:
+def _silenced(weight: Tensor, behave_weight: BehaveWeight, cap: float) -> Tensor:
+    """Tokens whose loss is 0: over the cap, where that is asked for."""
+    return weight > cap if behave_weight == "mask" else torch.zeros_like(weight, dtype=torch.bool)
+
+
+def _apply_weight(
+    loss: Tensor, weight: Tensor, silenced: Tensor, behave_weight: BehaveWeight, cap: float
+) -> Tensor:
     """w * loss with w capped (clamp), with the tokens over the cap silenced (mask), or without w (off)."""
     match behave_weight:
         case "clamp":
             return weight.clamp(max=cap) * loss
         case "mask":
-            return torch.where(weight <= cap, weight * loss, 0.0)
+            return torch.where(silenced, 0.0, weight) * loss  # before the product: 0 * inf is not 0
         case "off":
             return loss
 

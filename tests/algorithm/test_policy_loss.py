@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_a3po.algorithm.policy_loss import TokenLoss, decoupled_loss, sequence_loss
+from megatron_a3po.algorithm.policy_loss import BehaveWeight, TokenLoss, decoupled_loss, sequence_loss
 from megatron_a3po.algorithm.proximal import interpolate
 
 CLIP: dict[str, Any] = {"eps_low": 0.2, "eps_high": 0.2}
@@ -163,3 +163,34 @@ def test_masked_tokens_do_not_count_in_a_sequences_mean():
         found.importance_weight, torch.full((3,), math.exp(0.075), dtype=torch.float64)
     )
     assert found.loss[1].abs().item() == 0
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["per token", "per sequence"])
+@pytest.mark.parametrize(
+    ("advantage", "behave_weight"), [(1.0, "clamp"), (0.0, "clamp"), (1.0, "mask"), (-1.0, "mask")]
+)
+def test_a_ratio_that_overflows_and_decides_nothing_has_no_gradient(
+    advantage: float, behave_weight: BehaveWeight, sequence: bool
+):
+    """The sampler reported exp(-120): the clip holds the ratio, or the mask silences the token, whose weight is inf."""
+    logp, behave = torch.tensor([-1.0, -1.0], requires_grad=True), torch.tensor([-120.0, -1.0])
+    prox = torch.tensor([-120.0, -1.0]) if behave_weight == "clamp" else torch.tensor([-100.0, -1.0])
+    behave = behave if behave_weight == "clamp" else torch.tensor([-220.0, -1.0])
+    advantages = torch.tensor([advantage, 1.0])
+    clip: dict[str, Any] = {"eps_low": 0.2, "eps_high": 0.2, "behave_weight": behave_weight}
+    if sequence:
+        found = sequence_loss(logp, prox, behave, advantages, torch.tensor([0, 1]), 2, **clip)
+    else:
+        found = decoupled_loss(logp, prox, behave, advantages, **clip)
+    assert found.importance_weight[0].isinf()
+    expected = -1.2 * advantage if behave_weight == "clamp" else 0.0
+    assert found.loss.tolist() == pytest.approx([expected, -1.0])
+    found.loss.sum().backward()
+    assert logp.grad is not None
+    assert logp.grad.tolist() == [0.0, -1.0]
+
+
+def test_a_ratio_that_overflows_and_decides_stays_infinite():
+    logp, behave = torch.tensor([-1.0], requires_grad=True), torch.tensor([-120.0])
+    found = decoupled_loss(logp, behave, behave, torch.tensor([-1.0]), eps_low=0.2, eps_high=0.2)
+    assert found.loss.item() == float("inf")
