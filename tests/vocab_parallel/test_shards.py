@@ -21,6 +21,7 @@ from tests.distributed.ranks import run_ranks
 from tests.vocab_parallel.problem import (
     OBJECTIVES,
     SEQUENCE_OBJECTIVES,
+    TOLERANCES,
     Answer,
     Problem,
     assert_agree,
@@ -230,7 +231,7 @@ def test_agrees_with_the_reference(ranks: Ranks, name: str, sp: bool, num_shards
             assert found.weight_grad[problem.vocab_size :].abs().sum() == 0
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, derandomize=True)
 @given(
     num_shards=st.sampled_from(SHARDS),
     rows_per_rank=st.integers(1, 9),
@@ -271,7 +272,7 @@ def test_agrees_whatever_the_shapes(
         )
 
     found = whole(run_ranks(answer_of_rank, num_shards), sp)
-    assert_agree(found, reference_answer(problem), within(1e-5))
+    assert_agree(found, reference_answer(problem), dict(TOLERANCES))
     assert found.weight_grad[problem.vocab_size :].abs().sum() == 0
 
 
