@@ -41,6 +41,15 @@ def test_named_files_and_make_targets_exist(page: Path) -> None:
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
+def test_the_call_of_the_loss_layer_runs_as_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/loss_layer.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    exec(compile(blocks[0], "docs/loss_layer.md", "exec"), {})
+    assert re.match(
+        r"ratio \d+\.\d{3}, at most \d+\.\d{3}; clipped at staleness 2: [01]\.0", capsys.readouterr().out
+    )
+
+
 def test_readme_shows_the_commands_people_need() -> None:
     readme = (ROOT / "README.md").read_text()
     for command in (
