@@ -20,6 +20,7 @@ SELF=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 SELF=${SELF:-$SLURM_JOB_ID}
 JOB_LOGS=${A3PO_LOGS:-$SLURM_SUBMIT_DIR/runs/slurm}/job-$SLURM_JOB_ID
 LOGS=$JOB_LOGS/attempt-$ATTEMPT
+WITHIN_MINUTES=10                   # a step of the pre-flight, which may have to fetch a container first
 TOGETHER_S=${A3PO_TOGETHER_S:-180}  # from a step's first task that ends to its last
 EXPORTED=$(IFS=,; echo "${ENVIRONMENT[*]},MASTER_ADDR,OMP_NUM_THREADS")
 
@@ -48,6 +49,9 @@ step() {
     heed $!
 }
 
+# alone OPTION... -- COMMAND...: a step of one task, on the first of the nodes chosen.
+alone() { step --nodes=1 --ntasks=1 --nodelist="${NODES%%,*}" "$@"; }
+
 # heed PID: an srun to its end; signals that come meanwhile are passed on to it. Its exit code.
 heed() {
     local status=0
@@ -62,16 +66,23 @@ heed() {
     return "$status"
 }
 
-# begin CONFIG [key=value ...]: check the arguments, find the run directory, note the attempt.
+# begin CONFIG [key=value ...]: test the nodes, check the arguments, find the run directory, note the attempt.
 begin() {
     ARGUMENTS=("$@")
+    NUM_OTHERS=${SERVER_NODES:-0}
+    NUM_NODES=$((SLURM_JOB_NUM_NODES - NUM_OTHERS - ${SPARE_NODES:-0}))
     mkdir -p "$LOGS" || finish 3 "cannot write to $LOGS: set A3PO_LOGS to a folder that every node sees"
     touch "$JOB_LOGS/attempts"
+    if ((NUM_NODES < 1)); then
+        finish 2 "A3PO_SPARE_NODES=${SPARE_NODES:-0} and A3PO_SERVER_NODES=$NUM_OTHERS leave the trainer no node of $SLURM_JOB_NUM_NODES: more --nodes"
+    fi
     if [[ " $* " == *" --resume"[\ =]"never "* ]]; then
         finish 2 "--resume never would begin anew at every attempt: move the old run aside by hand, or give another run_dir=..."
     fi
+    test_nodes
     local status=0 plan
-    step --nodes=1 --ntasks=1 --output="$LOGS/plan.yaml" --error="$LOGS/plan.err" -- \
+    if [[ -n $ASKED ]]; then after 75 "stopped before it began"; fi
+    alone --output="$LOGS/plan.yaml" --error="$LOGS/plan.err" -- \
         "$PYTHON" -m megatron_a3po train --dry-run "$@" || status=$?
     if [[ -n $ASKED ]]; then after 75 "stopped before it began"; fi
     if ((status)); then
@@ -88,13 +99,14 @@ begin() {
         finish 3 "$MAX_ATTEMPTS attempts in a row have completed no step after $BEGAN_AT: needs a person"
     fi
     echo "$BEGAN_AT" >>"$JOB_LOGS/attempts"
+    meet
     if ((ATTEMPT > 1)); then take_over; fi
 }
 
 # A node that was cut off may still run the attempt before, which Slurm has given up: it stops before this one begins.
 take_over() {
     local status=0
-    step --nodes=1 --ntasks=1 --output="$LOGS/take-over.log" -- \
+    alone --output="$LOGS/take-over.log" -- \
         "$PYTHON" -m megatron_a3po.trainer.take_over "$RUN_DIR" || status=$?
     cat "$LOGS/take-over.log"
     if [[ -n $ASKED ]]; then after 75 "stopped before it began"; fi
@@ -117,21 +129,70 @@ fruitless() {
     awk -v step="$1" '{ count = $1 == step ? count + 1 : 0 } END { print count + 0 }' "$JOB_LOGS/attempts"
 }
 
-# run_training NODES TASKS_PER_NODE [SERVER_NODES]: pre-flight, servers where there are any, then the ranks; ends the script.
+# Sets GOOD to the nodes that pass the pre-flight, and NODES to those to run on, comma-separated.
+test_nodes() {
+    local wanted=$((NUM_NODES + NUM_OTHERS)) folder=$LOGS/preflight status=0 reports=() seconds node
+    local within=60  # seconds until network file systems show every report; those of failed tasks will never come
+    mapfile -t GOOD < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    NODES=$(IFS=,; echo "${GOOD[*]:0:wanted}")
+    if [[ ${A3PO_PREFLIGHT:-1} != 1 || -n $ASKED ]]; then return; fi
+    rm -rf "$folder"
+    mkdir -p "$folder"
+    step --time="$WITHIN_MINUTES" --nodes="${#GOOD[@]}" --ntasks-per-node=1 --ntasks="${#GOOD[@]}" \
+        --output="$LOGS/%n-%N-preflight.log" -- "$PYTHON" -m megatron_a3po.trainer.preflight report "$folder" || within=5
+    if [[ -n $ASKED ]]; then return; fi
+    for ((seconds = 0; seconds < within; seconds++)); do
+        reports=("$folder"/*.json)
+        if [[ -e ${reports[0]} ]]; then break; fi
+        sleep 1
+    done
+    if [[ ! -e ${reports[0]} ]]; then finish 3 "no node passed the pre-flight: needs a person (see $LOGS)"; fi
+    node=${reports[0]##*/}  # the first node may be a bad one
+    step --time="$WITHIN_MINUTES" --nodes=1 --ntasks=1 --nodelist="${node%.json}" --output="$LOGS/preflight.log" -- \
+        "$PYTHON" -m megatron_a3po.trainer.preflight judge "$folder" --wanted "$wanted" --within "$within" "${GOOD[@]}" ||
+        status=$?
+    cat "$LOGS/preflight.log"
+    if [[ -n $ASKED ]]; then return; fi
+    if ((status)); then finish 3 "too few nodes passed the pre-flight: needs a person (see $LOGS)"; fi
+    IFS=, read -ra GOOD <"$folder/good"
+    NODES=$(IFS=,; echo "${GOOD[*]:0:wanted}")
+}
+
+# The chosen nodes share the run directory and reach each other; those that do not are left out, once, for spare ones.
+meet() {
+    local wanted=$((NUM_NODES + NUM_OTHERS)) folder=$RUN_DIR/preflight/job-$SLURM_JOB_ID-attempt-$ATTEMPT try status bad
+    if [[ ${A3PO_PREFLIGHT:-1} != 1 ]]; then return; fi
+    for try in 1 2; do
+        if [[ -n $ASKED ]]; then after 75 "stopped before it began"; fi
+        status=0
+        step --time="$WITHIN_MINUTES" --nodes="$wanted" --nodelist="$NODES" --ntasks-per-node=1 --ntasks="$wanted" \
+            --output="$LOGS/meet-$try-%t.log" -- "$PYTHON" -m megatron_a3po.trainer.preflight meet \
+            "$(address_of "${NODES%%,*}")" "$folder" "$NODES" --within $((TOGETHER_S * 2 / 3)) || status=$?
+        if ((status == 0)) || [[ -n $ASKED ]]; then return; fi
+        # The first task knows who did not come; the others only whether the first did.
+        bad=$(grep -h '^bad node' "$LOGS/meet-$try-0.log" || grep -h '^bad node' "$LOGS/meet-$try"-*.log)
+        sort -u <<<"$bad"
+        mapfile -t GOOD < <(printf '%s\n' "${GOOD[@]}" | grep -vxFf <(sed -n 's/^bad node \([^:]*\):.*/\1/p' <<<"$bad"))
+        if ((${#GOOD[@]} < wanted)); then break; fi
+        NODES=$(IFS=,; echo "${GOOD[*]:0:wanted}")
+    done
+    finish 3 "too few nodes share $RUN_DIR and reach each other: needs a person (see $LOGS)"
+}
+
+# run_training TASKS_PER_NODE: servers where there are any, then the ranks; ends the script.
 run_training() {
-    local num_nodes=$1 tasks=$2 num_others=${3:-0} status=0 cpus=() good=()
-    choose_nodes $((num_nodes + num_others))
-    IFS=, read -ra good <<<"$NODES"
-    NODES=$(IFS=,; echo "${good[*]:0:num_nodes}")
+    local tasks=$1 status=0 cpus=() chosen=()
+    IFS=, read -ra chosen <<<"$NODES"
+    NODES=$(IFS=,; echo "${chosen[*]:0:NUM_NODES}")
     MASTER_ADDR=$(address_of "${NODES%%,*}")
     export MASTER_ADDR
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     # srun does not take this one from sbatch.
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then cpus=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi
     if [[ -z $ASKED ]]; then
-        start_servers "$(IFS=,; echo "${good[*]:num_nodes:num_others}")"
+        start_servers "$(IFS=,; echo "${chosen[*]:NUM_NODES}")"
         say "runs on $NODES"
-        step --nodes="$num_nodes" --nodelist="$NODES" --ntasks-per-node="$tasks" --ntasks=$((num_nodes * tasks)) "${cpus[@]}" \
+        step --nodes="$NUM_NODES" --nodelist="$NODES" --ntasks-per-node="$tasks" --ntasks=$((NUM_NODES * tasks)) "${cpus[@]}" \
             "${TRAINER_OPTIONS[@]}" --output="$LOGS/%n-%N-rank-%t.log" -- \
             "$PYTHON" -m megatron_a3po train "${ARGUMENTS[@]}" || status=$?
     else
@@ -143,33 +204,6 @@ run_training() {
     if ((status == 0)) && [[ ! -f $RUN_DIR/summary.json ]]; then status=1; fi
     if ((status)); then grep -h '^the ranks have waited' "$LOGS"/*-rank-*.log | sort -u; fi
     after "$status" "$(words "$status")"
-}
-
-# Sets NODES to the nodes to run on, comma-separated: those that pass the pre-flight.
-choose_nodes() {
-    local wanted=$1 folder=$RUN_DIR/preflight/job-$SLURM_JOB_ID-attempt-$ATTEMPT status=0 address
-    local within=60  # seconds until network file systems show every report; those of failed tasks will never come
-    mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    NODES=$(IFS=,; echo "${all[*]:0:wanted}")
-    if [[ ${A3PO_PREFLIGHT:-1} != 1 || -n $ASKED ]]; then return; fi
-    mkdir -p "$folder" || finish 3 "cannot write to $RUN_DIR: give another run_dir=..."
-    local preflight=("$PYTHON" -m megatron_a3po.trainer.preflight)
-    step --nodes="${#all[@]}" --ntasks-per-node=1 --ntasks="${#all[@]}" --output="$LOGS/%n-%N-preflight.log" -- \
-        "${preflight[@]}" report "$folder" --gpus "${SLURM_GPUS_PER_NODE:-0}" || within=5
-    step --nodes=1 --ntasks=1 --output="$LOGS/preflight.log" -- \
-        "${preflight[@]}" judge "$folder" --wanted "$wanted" --within "$within" "${all[@]}" || status=$?
-    cat "$LOGS/preflight.log"
-    if [[ -n $ASKED ]]; then return; fi
-    if ((status)); then finish 3 "too few nodes passed the pre-flight: needs a person (see $LOGS)"; fi
-    NODES=$(<"$folder/good")
-    address=$(address_of "${NODES%%,*}")
-    step --nodes="$wanted" --nodelist="$NODES" --ntasks-per-node=1 --ntasks="$wanted" --output="$LOGS/%n-%N-preflight.log" \
-        --open-mode=append -- "${preflight[@]}" meet "$address" || status=$?
-    if [[ -n $ASKED ]]; then return; fi
-    if ((status)); then
-        grep -h '^bad' "$LOGS"/*-preflight.log | sort -u
-        after "$status" "the nodes $NODES do not reach each other"
-    fi
 }
 
 # A node's name need not resolve on the others.

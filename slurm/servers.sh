@@ -27,7 +27,7 @@ begin_with_servers() {
     for argument in "${ARGUMENTS[@]:1}"; do
         if [[ $argument == [!-]*=* ]]; then plain+=("$argument"); fi
     done
-    step --nodes=1 --ntasks=1 --output="$LOGS/recipe.json" --error="$LOGS/recipe.err" -- \
+    alone --output="$LOGS/recipe.json" --error="$LOGS/recipe.err" -- \
         "$PYTHON" -m megatron_a3po.rollout.vllm.recipe "$config" "$RUN_DIR/servers/token" "${plain[@]}" || status=$?
     if [[ -n $ASKED ]]; then after 75 "stopped before it began"; fi
     if ((status)); then cat "$LOGS/recipe.err"; finish 3 "how servers are started could not be told: needs a person"; fi
@@ -50,13 +50,15 @@ forget_servers() {
     done
 }
 
-# start_servers [NODE,...]: on those nodes, or where SERVERS_ON says.
+# start_servers [NODE,...]: on those nodes, or where SERVERS_ON says, or on the trainer's first.
 start_servers() {
     if ((SERVERS_PER_NODE == 0)); then return; fi
     local on=("${SERVERS_ON[@]}") num_nodes=${SLURM_JOB_NUM_NODES_HET_GROUP_1:-1} num_servers
     if [[ -n ${1:-} ]]; then
         num_nodes=$(tr ',' '\n' <<<"$1" | wc -l)
         on=(--nodelist="$1")
+    elif ((${#on[@]} == 0)); then
+        on=(--nodelist="${NODES%%,*}")
     fi
     num_servers=$((num_nodes * SERVERS_PER_NODE))
     say "starts vLLM servers: $num_servers on $num_nodes nodes"

@@ -25,7 +25,7 @@ PACKAGES = "munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins"
 SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"  # daemons live where an ordinary user's PATH does not lead
 START_S, PATIENCE_S = 300.0, 900.0  # of a busy machine; what is waited for comes in seconds
 LAST_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-NUM_CPUS, MEMORY_MB = 8, 4000  # of an emulated node, whatever the machine has
+NUM_CPUS, MEMORY_MB, NUM_GPUS = 8, 4000, 2  # of an emulated node, whatever the machine has
 
 CONFIGURATION = """
 ClusterName={name}
@@ -62,6 +62,7 @@ BatchStartTimeout=300
 KillWait=60
 MinJobAge=3600
 JobRequeue=1
+GresTypes=gpu
 FirstJobId={first_job}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -208,13 +209,18 @@ class Cluster:
         host = socket.gethostname()
         lines = [
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={NUM_CPUS} "
-            f"RealMemory={MEMORY_MB}"
+            f"RealMemory={MEMORY_MB} Gres=gpu:{NUM_GPUS}"
             for node, port in zip(self.nodes, ports, strict=True)
         ]
         (self.folder / "state").mkdir()
         (self.folder / "munge.key").write_bytes(os.urandom(1024))
         (self.folder / "munge.key").chmod(0o400)
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        for index in range(NUM_GPUS):  # Slurm hands them out; torch finds nothing in them
+            (self.folder / f"gpu{index}").symlink_to("/dev/null")
+        (self.folder / "gres.conf").write_text(
+            f"Name=gpu File={self.folder}/gpu[0-{NUM_GPUS - 1}] Flags=nvidia_gpu_env\n"
+        )
         self.configuration.write_text(
             CONFIGURATION.format(
                 name=self.folder.name,

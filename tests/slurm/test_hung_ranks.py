@@ -40,7 +40,7 @@ def test_the_first_rank_hangs_while_the_controller_is_busy(site: Site) -> None:
         PATH=f"{busy}:{path}",
     )
     assert job.wait() == ("COMPLETED", 0), site.told(job, "hangs")
-    assert job.restarts == 1, site.told(job, "hangs")
+    assert job.restarts >= 1, site.told(job, "hangs")
     said = job.output()
     assert "distributed.timeout_s=30 allows for rank 0, which holds the process group's store" in said
     assert "a task was ended by signal 9; continues as attempt 2" in said

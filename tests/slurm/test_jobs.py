@@ -150,22 +150,6 @@ def test_a_wrong_configuration_is_not_tried_twice(site: Site) -> None:
     assert "would begin anew at every attempt" in anew.output()
 
 
-def test_a_bad_node_is_named_and_a_spare_one_stands_in(site: Site) -> None:
-    broken = 'case "$SLURMD_NODENAME $*" in "n1 "*preflight*) exit 1 ;; esac\n'
-    changes = {"A3PO_PYTHON": site.program("python-broken-on-n1", broken), "A3PO_PREFLIGHT": "1"}
-    few = [*site.runs.argv("spare", "trainer.steps=2", "actor.lr_warmup_iters=1")[1:], *TP2]
-    options = ["--nodes=3", "--ntasks-per-node=1"]
-    job = site.start("train_nodes.sbatch", options, few, A3PO_SPARE_NODES="1", **changes)
-    assert job.wait() == ("COMPLETED", 0), site.told(job, "spare")
-    assert "bad node n1: no report" in job.output()
-    assert "runs on n0,n2" in job.output()
-
-    options = ["--nodelist=n[0-1]", "--ntasks-per-node=1"]
-    without = site.start("train_nodes.sbatch", options, few, **changes)
-    assert without.wait() == ("FAILED", 3), without.said()
-    assert "1 of 2 nodes passed, 2 are wanted" in without.output()
-
-
 def test_a_conversion_job(site: Site) -> None:
     source, target, back = (site.runs.folder / name for name in ("model", "for-megatron", "back"))
     there = ["hf-to-megatron", str(source), str(target), "--tensor-model-parallel-size=2"]

@@ -1,4 +1,4 @@
-"""What the pre-flight concludes from the nodes' reports; its steps on a real Slurm are in tests/slurm/test_jobs.py."""
+"""What the pre-flight concludes from the nodes' reports; on a real Slurm: tests/slurm/test_bad_nodes.py."""
 
 import json
 import multiprocessing
@@ -22,7 +22,7 @@ def test_good_nodes_in_their_order(tmp_path: Path) -> None:
     for node in NODES:
         assert report(tmp_path, node, num_gpus=0) == 0
     assert judge(tmp_path, NODES, wanted=2, within_s=0) == 0
-    assert (tmp_path / "good").read_text() == "a,b"
+    assert (tmp_path / "good").read_text() == "a,b,c"
 
 
 def test_every_kind_of_bad_node_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,21 +52,55 @@ def test_gpus_are_looked_at_where_they_are_wanted() -> None:
     assert gpu_problems(1000)[0].endswith("GPUs, wanted 1000")
 
 
-def one_of_two(rank: int, port: int, within_s: float) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
-    os._exit(meet("127.0.0.1", within_s))
+def test_gpus_are_those_that_the_task_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "a")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1000")
+    assert main(["report", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["problems"][0].endswith("GPUs, wanted 1000")
 
 
-@pytest.mark.parametrize(("present", "code"), [([0, 1], 0), ([0], 3)])
-def test_nodes_meet_or_are_missed(present: list[int], code: int) -> None:
+def one_of_two(rank: int, port: int, folder: Path, within_s: float) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_PORT": str(port),
+        "SLURMD_NODENAME": NODES[rank],
+    }
+    said = (folder / f"said-{rank}").open("w")
+    os.dup2(said.fileno(), 1)
+    os._exit(meet("127.0.0.1", folder / "shared", NODES[:2], within_s))
+
+
+def met(folder: Path, present: list[int], within_s: float) -> tuple[set[int | None], list[str]]:
+    """The exit codes of those who are there, and what each said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    within_s = 60.0 if code == 0 else 2.0
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=one_of_two, args=(rank, port, within_s)) for rank in present]
+    processes = [context.Process(target=one_of_two, args=(rank, port, folder, within_s)) for rank in present]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-        assert process.exitcode == code
+    return {process.exitcode for process in processes}, [
+        (folder / f"said-{rank}").read_text() for rank in present
+    ]
+
+
+def test_nodes_meet(tmp_path: Path) -> None:
+    assert met(tmp_path, [0, 1], within_s=300) == ({0}, ["", ""])
+
+
+def test_nodes_that_do_not_come_are_missed(tmp_path: Path) -> None:
+    assert met(tmp_path, [0], within_s=1) == ({3}, ["bad node b: did not come within 1 s\n"])
+    codes, (said,) = met(tmp_path, [1], within_s=1)
+    assert codes == {3}
+    assert said.startswith("bad node a: b cannot reach 127.0.0.1:")
+
+
+def test_a_node_that_does_not_share_the_folder_is_named_by_all(tmp_path: Path) -> None:
+    (tmp_path / "shared" / "b").mkdir(parents=True)  # in the way of its file
+    codes, (one, other) = met(tmp_path, [0, 1], within_s=300)
+    assert codes == {3}
+    assert one == other
+    assert one.startswith(f"bad node b: cannot write to {tmp_path / 'shared'} (Is a directory)")
