@@ -18,14 +18,15 @@ from megatron_a3po.trainer.source import LiveSource, ReplaySource
 GOES_ON = "goes-on"
 
 
-def hold_before(held_step: int, *, deaf: bool = False) -> Callable[[], None]:
-    """What a fork of the command does first (`command.fork`). deaf: it stands still when it is told to stop, too."""
+def hold_before(held_step: int, *, deaf: bool = False, always: bool = False) -> Callable[[], None]:
+    """What a fork of the command does first (`command.fork`). deaf: it stands still when it is told to stop, too.
+    always: and in every attempt."""
 
     def before() -> None:
         load, wait = ReplaySource._load, LiveSource._wait
 
         def stand_still(stop: StopWish, run_dir: Path) -> None:
-            goes_on = run_dir / GOES_ON, run_dir / "attempts" / "2"
+            goes_on = [run_dir / GOES_ON] if always else [run_dir / GOES_ON, run_dir / "attempts" / "2"]
             while not any(file.exists() for file in goes_on) and (deaf or not stop.wished):
                 time.sleep(0.02)
 

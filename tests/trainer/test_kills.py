@@ -27,6 +27,7 @@ from megatron_a3po.weights import aside
 from megatron_a3po.weights.hugging_face import FORMAT as WEIGHTS_FORMAT
 from megatron_a3po.weights.manifest import damage
 from tests.trainer import command
+from tests.trainer.held import GOES_ON, hold_before
 from tests.trainer.replay import Replays, exported, identical, logs_of, without_times
 from tests.trainer.task import GROUPS, Task, num_rows
 from tests.trainer.test_asynchronous import repeatable
@@ -271,36 +272,40 @@ def test_a_rollout_process_that_always_dies_ends_the_run(task: Task) -> None:
 
 @pytest.mark.parametrize("num_kills", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_random_kills(task: Task, num_kills: int) -> None:
-    """Any process of the run, at any moment of it: ranks, the rollout process, a reward's, the command."""
-    steps, name = 6 + 4 * num_kills, f"random-{num_kills}"
+    """Any process of the run, at any moment of it: ranks, the rollout process, a reward's, the command. Before its last
+    step it waits for the last kill."""
+    steps, name = 6 + 2 * num_kills, f"random-{num_kills}"
     overrides = [*LIVE, f"trainer.steps={steps}", "reward.path=tests.trainer.rewards:unhurried"]
     assert task.start(f"calm-{num_kills}", *overrides).wait(timeout_s=900).code == 0
     chance, run_dir = random.Random(num_kills), task.folder / name
-    running, starts, victims = task.start(name, *overrides), 1, []
+    waits = hold_before(steps, always=True)
+    running, starts, victims = task.start(name, *overrides, before=waits), 1, []
     while len(victims) < num_kills:
-        wait_for_rows(running, run_dir, num_rows(run_dir) + chance.randrange(3))
+        wait_for_rows(running, run_dir, num_rows(run_dir) + chance.randrange(3), steps - 1)
         time.sleep(chance.random() / 2)
         if running.ended():
-            if running.wait().code == 0:
-                break
-            running, starts = task.start(name, *overrides), starts + 1
-            continue
-        victim = chance.choice(sorted(running.members()))
-        with contextlib.suppress(OSError):  # it ended by itself
-            kind = kind_of(victim, running)
-            os.kill(victim, signal.SIGKILL)
-            victims.append(kind)
-    assert len(victims) > num_kills / 2, "it was over before most of the kills"
-    code = running.wait(timeout_s=900).code
-    print(f"{num_kills} kills: {victims}; {starts} starts, {num_rows(run_dir) - steps} steps taken again")
-    if code != 0:
+            assert running.wait().code != 0, running.said()
+            running, starts = task.start(name, *overrides, before=waits), starts + 1
+        elif members := sorted(running.members()):
+            with contextlib.suppress(OSError):  # it ended by itself
+                victim = chance.choice(members)
+                kind = kind_of(victim, running)
+                os.kill(victim, signal.SIGKILL)
+                victims.append(kind)
+    (run_dir / GOES_ON).touch()
+    if running.wait(timeout_s=900).code != 0:
+        starts += 1
         assert task.start(name, *overrides).wait(timeout_s=900).code == 0
+    print(f"{num_kills} kills: {victims}; {starts} starts, {num_rows(run_dir) - steps} steps taken again")
     same_as_never_killed(task, name, f"calm-{num_kills}", steps)
     assert not logs_of(run_dir).count("is damaged")
 
 
-def wait_for_rows(running: command.Command, run_dir: Path, wanted: int) -> None:
+def wait_for_rows(running: command.Command, run_dir: Path, wanted: int, last: int) -> None:
+    """So many rows, or that of the last step before the run waits."""
     while not running.ended() and num_rows(run_dir) < wanted:
+        if any(row["step"] == last for row in read_metrics(run_dir)):
+            return
         time.sleep(0.02)
 
 
