@@ -1,8 +1,8 @@
 """What all tests share: one list at the end of what was left out, and why.
 
 A test that cannot run here skips itself with the reason ("no GPU", "no Slurm", ...). With A3PO_REQUIRE_ALL=1 a
-left-out test is a failure, except for a missing GPU: that is how CI knows that it ran everything. Slow tests are
-not part of it; they are listed as left out all the same.
+left-out test is a failure, except for a missing GPU or Triton: that is how CI knows that it ran everything. Slow
+tests are not part of it; they are listed as left out all the same.
 """
 
 import os
@@ -23,6 +23,7 @@ settings.load_profile("no deadline")
 
 ROOT = Path(__file__).parent.parent
 NO_GPU = "no GPU"
+NO_TRITON = "no Triton: it comes with torch's CUDA build, not with its CPU build"
 OTHER_PAIR = "needs the newest megatron-core: `make test-newest` runs it"
 SLOW = "slow: `make test-slow` runs it"
 NUM_SLOW = pytest.StashKey[int]()
@@ -89,7 +90,9 @@ def left_out(reporter: pytest.TerminalReporter) -> Counter[str]:
 
 def is_failure(reason: str) -> bool:
     """Whether leaving a test out for this reason fails a run that requires everything."""
-    return os.environ.get("A3PO_REQUIRE_ALL") == "1" and not reason.startswith((NO_GPU, OTHER_PAIR))
+    return os.environ.get("A3PO_REQUIRE_ALL") == "1" and not reason.startswith(
+        (NO_GPU, NO_TRITON, OTHER_PAIR)
+    )
 
 
 def newest_pair() -> str | None:

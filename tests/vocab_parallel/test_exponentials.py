@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_a3po.vocab_parallel import exponentials
 from megatron_a3po.vocab_parallel.shard_softmax import FAR_BELOW
+from tests.conftest import NO_TRITON
 
 ROOT = Path(__file__).parents[2]
 SHAPES = [(1, 1), (3, 7), (5, 4096), (4, 5000)]
@@ -67,7 +68,7 @@ def check(module: Any, shape: tuple[int, int], dtype: torch.dtype, scaled: bool)
     assert error_of(output, (exact - offset[:, None].double()).exp()) <= tolerance
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="no GPU: Triton, which comes with torch's CUDA build")
+@pytest.mark.skipif(find_spec("triton") is None, reason=NO_TRITON)
 def test_triton_kernels_in_the_interpreter():
     program = (
         "import torch\n"

@@ -28,6 +28,10 @@ def test_large_logits_stay_finite_and_near(scale: float, sweeps: Sweeps):
     answer, expected = layer_answer(problem, chunk_tokens=7, sweeps=sweeps), reference_answer(problem)
     # The product of 16 float32 terms of size |logit| and the reference's differ by this much themselves.
     assert (answer.logp - expected.logp).abs().max() <= 4e-7 * largest
+    # From the very float32 logits it had, its own share is a quarter of that.
+    logits = (problem.hidden[problem.trained] @ problem.weight[: problem.vocab_size].T).double()
+    logp = torch.log_softmax(logits, -1).gather(1, problem.fields.labels[:, None])[:, 0]
+    assert (answer.logp - logp).abs().max() <= 1e-7 * largest
     for name in ("loss", "entropy", "hidden_grad", "weight_grad"):
         assert getattr(answer, name).isfinite().all(), name
     assert (answer.entropy >= -1e-6).all()
