@@ -31,6 +31,7 @@ from tests.vocab_parallel.problem import (
     reference_answer,
     within,
 )
+from tests.vocab_parallel.test_cost import flops
 
 ONE_SLICE = torch.arange(3, 20)  # trained rows in the first half of the sequence only
 PROBLEMS: dict[str, dict[str, Any]] = {
@@ -156,6 +157,10 @@ def on_each_rank(rank: int, world_size: int) -> dict[str, Any]:
             )
             for sp in (False, True)
             for sweeps in (1, 2)
+        },
+        "flops": {
+            sp: flops(lambda sp=sp: layer_answer(plain, **answered, sequence_parallel=sp))
+            for sp in (False, True)
         },
         "public": {
             (name, sp): layer_answer(problem_of(name), **answered, sequence_parallel=sp, public=True)
@@ -337,6 +342,15 @@ def test_one_collective_per_chunk_for_the_numbers(ranks: Ranks, sp: bool, num_sh
         assert started.count(returned) == num_chunks
         assert len(started) == num_chunks * (3 if sp else 2)
         assert rank["collectives"][sp, 2].count("all_gather_into_tensor") == num_chunks * (3 if sp else 1)
+
+
+@shards
+@layouts
+def test_flops_are_those_of_the_products_on_the_shard(ranks: Ranks, sp: bool, num_shards: int):
+    size, num_tokens = 56 // num_shards, len(problem_of("plain").trained)
+    for rank_number, rank in enumerate(ranks(num_shards)):
+        true_columns = min(size, 53 - rank_number * size)
+        assert rank["flops"][sp] == 6 * num_tokens * 16 * true_columns
 
 
 def test_one_shard_needs_no_collective():
