@@ -2,6 +2,7 @@
 
 The interpreter is A3PO_VLLM_PYTHON, or that of `make install-vllm`. A server starts in 25 to 40 seconds on an idle
 machine, so that every test that can shares this one: a test takes a fleet of its own to it, with its own versions.
+A Qwen3 has a server of its own, in `weights/test_vllm_loads_exports.py`.
 """
 
 import asyncio
@@ -11,10 +12,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+)
 
 from megatron_a3po.config import read_model_shape
 from megatron_a3po.rollout.engines.vllm import VllmEngine
@@ -34,23 +42,28 @@ def vllm_python() -> str | None:
     return named or (str(installed) if installed.exists() else None)
 
 
-def write_version(folder: Path, seed: int) -> Path:
-    """A tied Qwen2 for TP 2 with heads of 32 dimensions, as vLLM on a CPU wants them; versions differ clearly."""
-    config = Qwen2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_TOKENS,
-        tie_word_embeddings=True,
-        eos_token_id=EOS_ID,
-        pad_token_id=0,
-        dtype="float32",  # pyright: ignore[reportCallIssue]
-    )
+# For TP 2, with heads of 32 dimensions, as vLLM on a CPU wants them.
+TINY: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_TOKENS,
+    "tie_word_embeddings": True,
+    "eos_token_id": EOS_ID,
+    "pad_token_id": 0,
+    "dtype": "float32",
+}
+QWEN2 = Qwen2Config(**TINY)
+QWEN3 = Qwen3Config(**TINY, head_dim=32)
+
+
+def write_version(folder: Path, seed: int, config: PreTrainedConfig = QWEN2) -> Path:
+    """Random weights; versions differ clearly."""
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.12) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn(()))
@@ -126,12 +139,12 @@ class VllmServer:
             await engine.close()
 
 
-def serve(root: Path) -> Iterator[VllmServer]:
-    """The session's server, until the iterator goes on."""
+def serve(root: Path, config: PreTrainedConfig = QWEN2) -> Iterator[VllmServer]:
+    """A server of such a model, until the iterator goes on."""
     python = vllm_python()
     if python is None:
         pytest.skip(NO_VLLM)
-    versions = [write_version(root / f"version-{seed}", seed) for seed in range(3)]
+    versions = [write_version(root / f"version-{seed}", seed, config) for seed in range(3)]
     token = new_token_file(root / "vllm.token")
     launch = Launch(
         python=python,

@@ -1,6 +1,7 @@
 """What the actor writes, a real vLLM loads: its log-probs are the trainer's. Other weights are caught."""
 
 import asyncio
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from megatron_a3po.trainer.canary import prove_update
 from megatron_a3po.trainer.probe import compare
 from megatron_a3po.vocab_parallel.policy_objective import supervised_objective
 from tests.actor.ranks import on_actors, random_sequences
-from tests.vllm_server import VOCAB_SIZE, VllmServer
+from tests.vllm_server import QWEN3, VOCAB_SIZE, VllmServer, serve
 from tests.weights.checkpoints import logits_of, read_model
 
 TEMPERATURE = 0.8
@@ -47,10 +48,26 @@ def train(actor: Actor) -> None:
     assert actor.update(packs, supervised_objective).applied
 
 
+@pytest.fixture
+def qwen3_server(tmp_path: Path) -> Iterator[VllmServer]:
+    yield from serve(tmp_path, QWEN3)
+
+
+def test_a_server_of_another_family_has_the_trainers_log_probs(qwen3_server: VllmServer, tmp_path: Path):
+    """One with norms of queries and keys."""
+    check_log_probs(qwen3_server, tmp_path, tp=2, pp=1)
+
+
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 def test_log_probs_of_an_export_in_training_are_the_trainers(
     vllm_server: VllmServer, tmp_path: Path, tp: int, pp: int
 ):
+    check_log_probs(vllm_server, tmp_path, tp, pp)
+
+
+def check_log_probs(vllm_server: VllmServer, tmp_path: Path, tp: int, pp: int) -> None:
+    """What a server says of a response is what the trainer and transformers say, once a step moved every weight."""
+
     def write(actor: Actor) -> None:
         train(actor)
         actor.write_hugging_face(tmp_path / "export")
