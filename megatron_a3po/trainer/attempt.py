@@ -12,9 +12,10 @@ import json
 import logging
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from megatron_a3po.environment import node_name
 from megatron_a3po.errors import ConfigError, FencedError
@@ -23,6 +24,7 @@ from megatron_a3po.weights.aside import write_aside
 logger = logging.getLogger(__name__)
 FOLDER = "attempts"  # <n>: who made attempt n, and when
 NEWEST = "attempt"  # its number
+MOMENTS, MOMENT_S = 20, 0.05
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def lock(run_dir: Path, held: ExitStack) -> None:
             f"run_dir is {run_dir}, but nothing can be written there ({error.strerror})"
         ) from None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock_in_time(file)
     except BlockingIOError:
         file.seek(0)
         raise ConfigError(
@@ -89,6 +91,15 @@ def lock(run_dir: Path, held: ExitStack) -> None:
     file.truncate(0)
     file.write(f"{os.getpid()} on {node_name()}")
     file.flush()
+
+
+def _lock_in_time(file: IO[str]) -> None:
+    """`report` holds the lock for the moment in which it asks whether a run is under way."""
+    for _ in range(MOMENTS):
+        with suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(MOMENT_S)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _make(file: Path) -> bool:
