@@ -40,6 +40,15 @@ def run(
     asyncio.run(all_of_it())
 
 
+async def fails(servers: Servers, only: StandInServer, gone_s: float) -> None:
+    """Raises what the engine over this one server ends with."""
+    servers.begin([only], gone_s)
+    try:
+        await servers.engine.failed()
+    finally:
+        await servers.close()
+
+
 def sampler_of(servers: Servers) -> GroupSampler:
     stage = Stage(single_turn, tiny_tokenizer())
     return GroupSampler(servers.engine, LengthScorer(), stage, RolloutCounters(), GROUP, 24, 1.0)  # type: ignore[arg-type]
@@ -165,11 +174,7 @@ def test_who_waits_for_a_server_is_told_why(tmp_path: Path, caplog: pytest.LogCa
         servers = Servers(tmp_path, timeout_s=1.0)
         absent = StandInServer(servers.model)
         absent.url = "http://127.0.0.1:9"
-        servers.begin([absent], gone_s=3.0)
-        try:
-            await servers.engine.failed()
-        finally:
-            await servers.close()
+        await fails(servers, absent, gone_s=3.0)
 
     with pytest.raises(ServersGone, match=r"for 3 s .*: http://127.0.0.1:9: .*connect"):
         asyncio.run(all_of_it())
@@ -203,11 +208,7 @@ def test_what_is_no_vllm_server_is_refused(tmp_path: Path):
         servers = Servers(tmp_path, timeout_s=1.0)
         other = await StandInServer(servers.model).start()
         other.missing.add("/health")
-        servers.begin([other], gone_s=60.0)
-        try:
-            await servers.engine.failed()
-        finally:
-            await servers.close()
+        await fails(servers, other, gone_s=60.0)
 
     with pytest.raises(ConfigError, match=r"is no vLLM server: GET /health gave HTTP 404"):
         asyncio.run(all_of_it())
