@@ -14,6 +14,8 @@ BIN = $(VENV)/bin
 BIN_NEWEST = $(VENV_NEWEST)/bin
 # The newest pair that is supported; pyproject.toml has the range.
 MEGATRON_NEWEST = megatron-core==0.19.2
+# For the kernels' test in Triton's interpreter, which needs no GPU; torch's CPU build comes without it.
+TRITON = triton>=3.7,<4; platform_system == "Linux" and platform_machine == "x86_64"
 INSTALL_INPUTS = pyproject.toml setup.py tools/install.sh
 NEWEST_TESTS = tests/actor tests/weights tests/vocab_parallel tests/distributed tests/trainer/test_resume.py \
 	tests/tools/test_convert_checkpoint.py tests/tools/test_convert_refusals.py
@@ -66,7 +68,7 @@ run-test-newest: $(VENV_NEWEST)/.installed
 	$(BIN_NEWEST)/python -m pytest $(NEWEST_TESTS) $(ARGS)
 
 $(VENV_NEWEST)/.installed: $(INSTALL_INPUTS)
-	@tools/install.sh "$(PYTHON_NEWEST)" $(VENV_NEWEST) "$(MEGATRON_NEWEST)"
+	@tools/install.sh "$(PYTHON_NEWEST)" $(VENV_NEWEST) "$(MEGATRON_NEWEST)" '$(TRITON)'
 	@touch $@
 
 check: $(VENV)/.installed ## format, lint, types, layers, shell scripts; seconds

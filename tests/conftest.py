@@ -23,7 +23,7 @@ settings.load_profile("no deadline")
 
 ROOT = Path(__file__).parent.parent
 NO_GPU = "no GPU"
-NO_TRITON = "no Triton: it comes with torch's CUDA build, not with its CPU build"
+NO_TRITON = "no Triton, which torch's CPU build lacks: `make test-newest` has it"
 OTHER_PAIR = "needs the newest megatron-core: `make test-newest` runs it"
 SLOW = "slow: `make test-slow` runs it"
 NUM_SLOW = pytest.StashKey[int]()
