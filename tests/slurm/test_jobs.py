@@ -198,6 +198,7 @@ def test_a_job_that_may_not_be_requeued_and_one_that_is_held(site: Site) -> None
         assert lost.wait()[0] == "NODE_FAIL"
         assert "NODE_FAIL: lost a node and may not be requeued" in doctor(site, lost)
         site.slurm.command("scontrol", "requeuehold", "State=SpecialExit", str(held.number))
+        site.wait(lambda: held.state != "COMPLETING", held)
         assert "SPECIAL_EXIT: was requeued and is held, by its exit code" in doctor(site, held)
     finally:
         held.cancel()
