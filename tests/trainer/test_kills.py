@@ -248,14 +248,15 @@ def same_as_never_killed(task: Task, name: str, other: str, steps: int) -> None:
 
 def test_with_generation_under_way_no_prompt_is_lost_and_none_trained_twice(task: Task) -> None:
     """Killed while it waits for samples, in an update, while it publishes, as a checkpoint gets its name; and at last
-    the rollout process alone, each time that it takes its second new weights, which no next start has to mend."""
-    steps = 6
+    the rollout process alone, each time that it takes its third new weights, which no next start has to mend. (Two may
+    be there when it is started again, and dying twice without a step in between would end the run.)"""
+    steps = 8
     task.run("whole", *LIVE, f"trainer.steps={steps}")
     for point in ("generation:2", "after_rename", "mid_publish:2", "mid_update:2"):
         ended = task.start("points", *LIVE, f"trainer.steps={steps}", before=killed_at(point)).wait()
         assert ended.code == 3, ended.output
         assert "was ended by signal 9" in ended.output
-    ended = task.start("points", *LIVE, f"trainer.steps={steps}", before=killed_at("taking:2")).wait()
+    ended = task.start("points", *LIVE, f"trainer.steps={steps}", before=killed_at("taking:3")).wait()
     assert ended.code == 0, ended.output
     rows = read_metrics(task.folder / "points")
     assert rows[-1]["attempt"] == 5

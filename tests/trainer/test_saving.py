@@ -97,7 +97,8 @@ def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_stays(replays: Replay
             saved(1)
             with no_room(run_dir / "ballast", actor.grid.is_main, disk=disk):
                 saved(2)
-                assert names(run_dir) == ["step-1"]
+                if actor.grid.is_main:  # which has removed what there was of it
+                    assert names(run_dir) == ["step-1"]
                 saved(3)  # tried again
             for step in (4, 5, 6):
                 saved(step)
