@@ -15,7 +15,7 @@ from typing import Any
 
 from reproduce_cells import Cell, found_cells
 
-from megatron_a3po.algorithm.metric_table import APPROXIMATION, UPDATE
+from megatron_a3po.metric_names import APPROXIMATION, UPDATE
 from megatron_a3po.trainer.recording import read_metrics
 from megatron_a3po.trainer.summary import mean_of, read_summary
 

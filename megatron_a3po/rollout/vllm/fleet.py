@@ -4,7 +4,7 @@ One task tends each place for as long as it is there: open it, bring the server 
 until it fails, and again. Places are looked for again and again; the server of one that is no more gets no new work,
 and finishes what it has. A server gets work only between the update and the failure, so whatever serves has weights
 that were published. Updates and admissions exclude each other. One that can never serve ends the run, unless another
-has served: then it is left out. Nothing here knows tokens or prompts: that is `engines/vllm.py`.
+has served: then it is asked again now and then. Nothing here knows tokens or prompts: that is `engines/vllm.py`.
 """
 
 import asyncio
@@ -230,7 +230,7 @@ class Fleet:
             except ConfigError as error:
                 if not self._any_has_served:
                     raise
-                self._say(place, f"{error} (it is left out until then)")
+                self._say(place, f"{error} It is left out, and asked again each minute.")
                 await asyncio.sleep(AGAIN_AFTER_REFUSAL_S)
             except ServerError as error:
                 if not (self._any_has_served or isinstance(error, Unreachable)):
